@@ -1,0 +1,166 @@
+"""What every experiment script shares: its options, the training of its methods in turn, its results.
+
+An experiment is a dataclass of options, which tyro turns into a command line, and a function that trains and evaluates
+its methods through a `Run`.
+"""
+
+import dataclasses
+import itertools
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from mamljax import report
+from mamljax.checkpoint import CheckpointError, claim_directory
+from mamljax.checks import check_count
+from mamljax.files import write_atomically
+from mamljax.train import DivergenceError, Result, fit
+from mamljax.types import MetaLearner
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of every experiment."""
+
+    steps: int
+    """Meta-updates of each method. The same command with more steps goes on from where fewer ended."""
+    out: Path
+    """Directory for results, figures and checkpoints. The same command goes on where it stopped."""
+    num_tasks: int
+    """Tasks in a meta-batch."""
+    seeds: int = 1
+    """Number of trainings from different seeds, all in one compiled program; intervals are then over seeds."""
+    seed: int = 0
+    """The first seed."""
+    eval_tasks: int = 600
+    """Test tasks for each number in the results."""
+    max_minutes: float = float("inf")
+    """Minutes of training after which to stop, save and report what there is."""
+    log_every: int = 500
+    """Meta-updates between lines of metrics.jsonl; also those of one compiled call."""
+    validate_every: int = 5_000
+    """Meta-updates between validations."""
+    checkpoint_seconds: float = 10.0
+    """Seconds between checkpoints."""
+    tensorboard: bool = False
+    """Write TensorBoard event files as well, to OUT/checkpoints/METHOD/tensorboard."""
+
+
+# Options that do not decide how a training goes, so that they may change when it is resumed.
+FREE_OPTIONS = ("method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard")
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+class Run:
+    """One execution of an experiment: trains its methods in turn in one directory, and writes what came of it."""
+
+    def __init__(self, experiment: str, options: Options) -> None:
+        """Claim the output directory and start the clock.
+
+        Raises:
+            ValueError: an option is out of range.
+            CheckpointError: the directory holds another run, or cannot be written.
+        """
+        for name in ("steps", "num_tasks", "seeds", "eval_tasks", "log_every", "validate_every"):
+            check_count("--" + name.replace("_", "-"), getattr(options, name))
+        check_count("--seed", options.seed, minimum=0)
+        for name in ("max_minutes", "checkpoint_seconds"):
+            if not getattr(options, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}.")
+        self.experiment, self.options, self.results = experiment, options, {}
+        self.config = {
+            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(options).items()
+        }
+        fixed = {key: value for key, value in self.config.items() if key not in FREE_OPTIONS}
+        claim_directory(options.out, {"experiment": experiment, **fixed})
+        self.keys = jax.vmap(jax.random.key)(options.seed + jnp.arange(options.seeds))
+        self._started = time.monotonic()
+
+    def train(self, method: str, learner: MetaLearner, sample: Callable, **arguments: Any) -> Result:
+        """Train a method from every seed: `fit` with the options of this run, on what is left of its time."""
+        options = self.options
+        result = fit(
+            learner,
+            sample,
+            key=self.keys,
+            num_updates=options.steps,
+            num_tasks=options.num_tasks,
+            log_every=options.log_every,
+            validate_every=options.validate_every,
+            directory=options.out / "checkpoints" / method,
+            checkpoint_seconds=options.checkpoint_seconds,
+            max_seconds=60 * options.max_minutes - (time.monotonic() - self._started),
+            label=method,
+            tensorboard=options.tensorboard,
+            **arguments,
+        )
+        self.results[method] = result
+        return result
+
+    def write(self, rows: Sequence[report.Row]) -> Mapping[str, Any]:
+        """Write `results.json` and `report.md`, show the tables, and say how to go on if time ran out."""
+        out = self.options.out
+        seconds = sum(result.seconds for result in self.results.values())
+        report.write_results(out / "results.json", experiment=self.experiment, config=self.config, rows=rows, seconds=seconds)
+        results = report.read_results(out / "results.json")
+        text = report.markdown(results)
+        write_atomically(out / "report.md", text)
+        print("\n" + text)
+        for method, result in self.results.items():
+            if result.num_updates < self.options.steps:
+                done = f"{result.num_updates:,} of {self.options.steps:,} meta-updates"
+                print(f"{method}: time ran out after {done}. The same command goes on from there.")
+        return results
+
+
+def main(
+    experiment: str,
+    presets: Mapping[str, AnyOptions],
+    execute: Callable[[AnyOptions, Run], None],
+    argv: Sequence[str] | None = None,
+) -> int:
+    """Read the command line, run the experiment, and turn what is wrong with either into one message.
+
+    Args:
+        experiment: name for the results file.
+        presets: the options of each `--preset`; the first is the default.
+        execute: does the work.
+        argv: command line; by default that of the process.
+
+    Returns:
+        The exit code: 0 for success, 2 for an error, 130 after Ctrl-C.
+    """
+    options = parse(presets, sys.argv[1:] if argv is None else argv)
+    if not jax.config.jax_compilation_cache_dir:
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        jax.config.update("jax_compilation_cache_dir", str(cache / "mamljax"))
+    try:
+        execute(options, Run(experiment, options))
+    except KeyboardInterrupt as stop:
+        print(f"{stop or 'Stopped'}. The same command goes on from there.", file=sys.stderr)
+        return 130
+    except OSError as error:
+        message = f"cannot write to {error.filename or options.out}: {error.strerror}"
+        print(f"error: {message}. Make room, or choose another --out; what was saved before is kept.", file=sys.stderr)
+        return 2
+    except (ValueError, CheckpointError, DivergenceError, report.ResultsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse(presets: Mapping[str, AnyOptions], argv: Sequence[str]) -> AnyOptions:
+    """Read options from a command line, on top of those of its `--preset`; exits with code 2 if it is malformed."""
+    default = next(iter(presets.values()))
+    for name, options in presets.items():
+        if f"--preset={name}" in argv or ("--preset", name) in itertools.pairwise(argv):
+            default = options
+    return tyro.cli(type(default), default=default, args=argv)

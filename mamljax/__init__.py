@@ -1,0 +1,4 @@
+"""Model-agnostic meta-learning in JAX.
+
+Start with `types.py`, `inner.py` and `maml.py`.
+"""

@@ -1,0 +1,146 @@
+"""Checkpoints that survive kills, full disks and corruption; Orbax underneath."""
+
+import json
+import os
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from mamljax.files import write_atomically
+from mamljax.types import PyTree
+
+
+class CheckpointError(Exception):
+    """A checkpoint or its directory cannot be used; the message says why and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one training run in one directory, the configuration beside them.
+
+    A checkpoint appears whole or not at all, and the last two are kept. Each carries a checksum, so that a damaged one is
+    noticed and the one before it used.
+    """
+
+    def __init__(self, directory: str | os.PathLike, config: dict[str, Any]) -> None:
+        """Open a directory, made if it is missing.
+
+        Args:
+            directory: where the checkpoints are or will be.
+            config: JSON values; everything that decides how the run goes.
+
+        Raises:
+            CheckpointError: the directory holds a run of another configuration, or cannot be written.
+        """
+        self.directory = Path(directory).absolute()
+        claim_directory(self.directory, config)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.directory / "steps", options=options)
+
+    def save(self, step: int, tree: PyTree) -> None:
+        """Write `tree`, a pytree of arrays, as it is after meta-update `step`.
+
+        Raises:
+            CheckpointError: the disk is full or cannot be written; earlier checkpoints are still there.
+        """
+        seal = {"checksum": _checksum(tree), "shapes": _shapes(tree)}
+        items = ocp.args.Composite(tree=ocp.args.StandardSave(tree), seal=ocp.args.JsonSave(seal))
+        try:
+            self._manager.save(step, args=items, force=True)
+        except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
+            raise CheckpointError(
+                f"cannot write the checkpoint of meta-update {step} to {self.directory}: {_first_line(error)}. "
+                "Free some space or choose another directory; earlier checkpoints are kept."
+            ) from error
+
+    def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
+        """Read the newest checkpoint that is whole.
+
+        Args:
+            like: arrays, or their shapes, in the structure of what was saved.
+
+        Returns:
+            The number of meta-updates done and the tree; None if there is no checkpoint yet.
+
+        Raises:
+            CheckpointError: the checkpoint is one of another model or method, or none can be read.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                tree = self._read(step, like)
+            except CheckpointError:
+                raise
+            except Exception as error:  # whatever a damaged file makes Orbax or tensorstore raise
+                print(f"The checkpoint of meta-update {step} in {self.directory} cannot be read ({_first_line(error)}); "
+                      "falling back to the one before.", file=sys.stderr)  # fmt: skip
+                continue
+            for damaged in (s for s in steps if s > step):
+                shutil.rmtree(self.directory / "steps" / str(damaged), ignore_errors=True)
+            self._manager.reload()
+            return step, tree
+        if steps:
+            raise CheckpointError(f"no checkpoint in {self.directory} can be read. Delete that directory to start afresh.")
+        return None
+
+    def _read(self, step: int, like: PyTree) -> PyTree:
+        seal = self._manager.restore(step, args=ocp.args.Composite(seal=ocp.args.JsonRestore()))["seal"]
+        saved, expected = seal["shapes"], _shapes(like)
+        for path in sorted(saved.keys() | expected.keys()):
+            if saved.get(path) != expected.get(path):
+                raise CheckpointError(
+                    f"the checkpoint in {self.directory} is one of another model or method: at {path} it has "
+                    f"{saved.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}. Choose another directory."
+                )
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        tree = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(target)))["tree"]
+        if _checksum(tree) != seal["checksum"]:
+            raise ValueError("its checksum does not match")
+        return tree
+
+
+def claim_directory(directory: Path, config: dict[str, Any]) -> None:
+    """Write `config.json` into a directory, or check that the one in there says the same.
+
+    Raises:
+        CheckpointError: it says something else, cannot be read, or the directory cannot be written.
+    """
+    path = directory / "config.json"
+    config = json.loads(json.dumps(config))
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_atomically(path, json.dumps(config, indent=1) + "\n")
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {directory}: {error.strerror}. Choose another directory.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}). Delete that directory, or choose another one.") from error
+    keys = [key for key in sorted(config.keys() | found.keys()) if config.get(key) != found.get(key)]
+    if keys:
+        given, there = ({key: side.get(key) for key in keys} for side in (config, found))
+        raise CheckpointError(
+            f"{directory} holds a run of another configuration: it has {there}, this one {given}. "
+            "Choose another directory, or delete that one."
+        )
+
+
+def _checksum(tree: PyTree) -> int:
+    checksum = 0
+    for leaf in jax.tree.leaves(tree):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf), checksum)
+    return checksum
+
+
+def _shapes(tree: PyTree) -> dict[str, str]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,80 @@
+"""Evaluation: metrics of a trained meta-learner over many tasks, with their confidence intervals."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.typing import ArrayLike
+from scipy import stats
+
+from mamljax.checks import check_count
+from mamljax.types import MetaLearner, Metrics, PyTree, State
+
+
+def evaluate(
+    learner: MetaLearner,
+    state: State,
+    sample: Callable[[Array], PyTree],
+    *,
+    key: Array,
+    num_tasks: int,
+    batch_size: int | None = None,
+) -> Metrics:
+    """Evaluate one state on tasks drawn from `key`; the same key gives the same tasks.
+
+    Under `jax.vmap` over states it evaluates several seeds at once.
+
+    Args:
+        learner: what to evaluate.
+        state: a state of it.
+        sample: key -> task.
+        key: a JAX random key.
+        num_tasks: how many tasks; 600 in the paper.
+        batch_size: tasks computed at a time, where memory is short; by default all of them.
+
+    Returns:
+        Each metric as [num_tasks, S + 1], before and after each adaptation step. See `mean_and_ci95`.
+
+    Raises:
+        ValueError: a count below 1.
+    """
+    check_count("num_tasks", num_tasks)
+    batch_size = num_tasks if batch_size is None else batch_size
+    check_count("batch_size", batch_size)
+
+    def one_task(state: State, key: Array) -> Metrics:
+        sample_key, evaluate_key = jax.random.split(key)
+        return learner.evaluate(evaluate_key, state, sample(sample_key))
+
+    @jax.jit
+    def all_tasks(state: State, key: Array) -> Metrics:
+        keys = jax.random.split(key, num_tasks)
+        return lax.map(lambda key: one_task(state, key), keys, batch_size=min(batch_size, num_tasks))
+
+    return all_tasks(state, key)
+
+
+def mean_and_ci95(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Condense values over seeds and tasks to their mean and the half-width of its 95 % confidence interval.
+
+    With one seed the interval is over tasks, 1.96 sd / sqrt(tasks), as in the paper. With more it is over the seeds' means,
+    by Student's t: it then says how far the mean of other trainings may lie.
+
+    Args:
+        values: [seeds, tasks, ...].
+
+    Returns:
+        Two arrays [...], float64; the half-width is NaN for one seed and one task.
+
+    >>> mean, ci95 = mean_and_ci95([[[0.0], [2.0]]])
+    >>> float(mean[0]), round(float(ci95[0]), 2)
+    (1.0, 1.96)
+    """
+    values = np.asarray(values, np.float64)
+    seeds = len(values)
+    mean = values.mean(axis=(0, 1))
+    samples, quantile = (values[0], 1.96) if seeds == 1 else (values.mean(axis=1), stats.t.ppf(0.975, seeds - 1))
+    if len(samples) == 1:
+        return mean, np.full_like(mean, np.nan)
+    return mean, quantile * samples.std(axis=0, ddof=1) / np.sqrt(len(samples))

@@ -1,0 +1,107 @@
+"""Model-agnostic meta-learning (Finn, Abbeel, Levine 2017, arXiv 1703.03400), algorithm 2."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mamljax.checks import check_count, check_task
+from mamljax.inner import Differentiation, adapt
+from mamljax.outer import meta_learner
+from mamljax.rules import Rule, as_rule
+from mamljax.types import Examples, LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
+
+
+def maml(
+    model: Model,
+    loss_fn: LossFn,
+    *,
+    rule: Rule,
+    inner_steps: int,
+    eval_steps: int,
+    tx: optax.GradientTransformation,
+    differentiation: Differentiation = "mixed",
+    metric_fns: Mapping[str, LossFn] = {},
+) -> MetaLearner:
+    r"""Learn an initialisation from which a few steps on a task's support set do well on its query set.
+
+    The meta-loss of task $i$ is $L_i^{query}(\theta_i')$, where $\theta_i'$ comes from $\theta$ by `inner_steps` steps of
+    $\theta' \leftarrow \theta' - \alpha \nabla L_i^{support}(\theta')$.
+
+    Args:
+        model: the network.
+        loss_fn: (outputs, targets) -> scalar, of the inner and the outer loop: the *mean* over examples, so that `rule`
+            is the step size on the mean loss.
+        rule: the inner step size alpha, or any Optax transformation; `optax.partition` gives each parameter its own.
+        inner_steps: S, adaptation steps in training.
+        eval_steps: adaptation steps in evaluation.
+        tx: the outer optimiser, `optax.adam(1e-3)` in the paper.
+        differentiation: "mixed" or "reverse" (both exact), or "first_order" (first-order MAML); see `inner.adapt`.
+        metric_fns: further (outputs, targets) -> scalar to report in evaluation, by name.
+
+    Returns:
+        A meta-learner over tasks `Task(support, query)`; `evaluate` returns the `loss` and the metrics on the query set,
+        each [eval_steps + 1].
+
+    Raises:
+        ValueError: a count below 1, a step size that is not positive and finite, a rule without finite meta-gradients;
+            at the first update, a malformed task.
+
+    >>> from mamljax.losses import mse
+    >>> from mamljax.models import mlp
+    >>> learner = maml(mlp(1, (40, 40), 1), mse, rule=0.01, inner_steps=1, eval_steps=10, tx=optax.adam(1e-3))
+    >>> sorted(learner.init(jax.random.key(0)).params)
+    ['Dense_0', 'Dense_1', 'Dense_2']
+    """
+    check_count("inner_steps", inner_steps, "For no adaptation use pretrain().")
+    check_count("eval_steps", eval_steps)
+    rule = as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=differentiation != "first_order")
+
+    def task_loss(params: PyTree, task: Task) -> Array:
+        check_task(task)
+        adapted, _ = fine_tune(model, loss_fn, params, task.support, rule, inner_steps, differentiation=differentiation)
+        return loss_fn(model.apply(adapted, task.query.x), task.query.y)
+
+    def evaluate(key: Array, state: State, task: Task) -> Metrics:
+        return learning_curve(model, loss_fn, state.params, task, rule, eval_steps, metric_fns=metric_fns)
+
+    return meta_learner(model.init, task_loss, evaluate, tx=tx)
+
+
+def fine_tune(
+    model: Model,
+    loss_fn: LossFn,
+    params: PyTree,
+    support: Examples,
+    rule: optax.GradientTransformation,
+    num_steps: int,
+    *,
+    differentiation: Differentiation = "mixed",
+) -> tuple[PyTree, PyTree]:
+    """Take `num_steps` steps of `rule`, each on the whole support set; returns what `inner.adapt` does."""
+
+    def support_loss(params: PyTree, examples: Examples) -> Array:
+        return loss_fn(model.apply(params, examples.x), examples.y)
+
+    data = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_steps, *leaf.shape)), support)
+    return adapt(support_loss, params, data, rule, differentiation=differentiation)
+
+
+def learning_curve(
+    model: Model,
+    loss_fn: LossFn,
+    params: PyTree,
+    task: Task,
+    rule: optax.GradientTransformation,
+    num_steps: int,
+    *,
+    metric_fns: Mapping[str, LossFn],
+) -> Metrics:
+    """Fine-tune on the support set; the loss and metrics on the query set before and after each step, each [num_steps + 1]."""
+    check_task(task)
+    _, path = fine_tune(model, loss_fn, params, task.support, rule, num_steps)
+    outputs = jax.vmap(model.apply, in_axes=(0, None))(path, task.query.x)
+    named = {"loss": loss_fn, **metric_fns}
+    return {name: jax.vmap(fn, in_axes=(0, None))(outputs, task.query.y) for name, fn in named.items()}

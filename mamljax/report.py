@@ -1,0 +1,221 @@
+"""Results files, and what people look at: tables beside the published numbers, learning curves.
+
+`python -m mamljax.report OUT/results.json` makes the report again.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from mamljax.files import write_atomically
+
+PACKAGES = ("mamljax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+class Row(NamedTuple):
+    """One number of a results file; one line of a table."""
+
+    method: str
+    setting: str  # "5-shot"
+    protocol: str  # the rules under which it was measured
+    metric: str
+    step: int  # adaptation steps taken
+    mean: float
+    ci95: float  # half-width; over seeds, or over tasks if there is but one seed
+    tasks: int
+    seeds: int
+    meta_updates: int
+    published: float | None = None
+    source: str = ""
+    note: str = ""
+
+
+class ResultsError(Exception):
+    """A results file cannot be used; the message says why and what to do."""
+
+
+def rows_over_steps(
+    mean: Sequence[float], ci95: Sequence[float], *, published: Mapping[int, float] = {}, source: str = "", **fields: Any
+) -> list[Row]:
+    """Make a row of each adaptation step.
+
+    Args:
+        mean, ci95: [S + 1].
+        published: the published number by step.
+        source: where it is from.
+        fields: the remaining fields of `Row`.
+    """
+    rows = []
+    for step, (value, half_width) in enumerate(zip(mean, ci95, strict=True)):
+        beside = {"published": published[step], "source": source} if step in published else {}
+        rows.append(Row(step=step, mean=float(value), ci95=float(half_width), **fields, **beside))
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """The device, the versions and the commit that a results file was made with."""
+    device = jax.devices()[0]
+    name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
+    versions = {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}}
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    git = subprocess.run(command, cwd=Path(sys.argv[0]).resolve().parent, capture_output=True, text=True, check=False).stdout
+    return {"device": name, "versions": versions, "git": git.strip()}
+
+
+def write_results(
+    path: Path, *, experiment: str, config: Mapping[str, Any], rows: Sequence[Row], seconds: float
+) -> dict[str, Any]:
+    """Write a results file, atomically, and return what it holds.
+
+    Args:
+        path: usually OUT/results.json.
+        experiment: the script's name.
+        config: its options, as JSON values.
+        rows: the numbers; one that is not finite becomes null.
+        seconds: time spent in training.
+    """
+
+    def plain(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    results = {
+        "experiment": experiment,
+        "config": {key: plain(value) for key, value in config.items()},
+        "environment": environment(),
+        "seconds": round(seconds, 1),
+        "rows": [{key: plain(value) for key, value in row._asdict().items()} for row in rows],
+    }
+    write_atomically(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    return results
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a results file; its rows are `Row`s.
+
+    Raises:
+        ResultsError: there is none, it is not JSON, or of another schema.
+    """
+    try:
+        results = json.loads(Path(path).read_text())
+    except OSError as error:
+        raise ResultsError(f"cannot read {path}: {error.strerror}. Run the experiment first.") from error
+    except ValueError as error:
+        raise ResultsError(f"{path} is not JSON ({error}). Run the experiment again.") from error
+    keys = {"experiment", "config", "environment", "seconds", "rows"}
+    found = set(results) if isinstance(results, dict) else set()
+    if found != keys or not isinstance(results["rows"], list):
+        raise ResultsError(
+            f"{path} is no results file of this version: expected the keys {sorted(keys)}, found {sorted(found)}. "
+            "Run the experiment again."
+        )
+    for row in results["rows"]:
+        if not isinstance(row, dict) or set(row) != set(Row._fields):
+            raise ResultsError(
+                f"{path} has a row of another schema: expected the fields {list(Row._fields)}, found {list(row)}. "
+                "Run the experiment again."
+            )
+    return results | {"rows": [Row(**row) for row in results["rows"]]}
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """Tables of a results file in Markdown: one for each setting and metric, methods down, adaptation steps across."""
+    env = results["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
+    lines = [
+        f"# {results['experiment']}",
+        "",
+        f"{env['device']}; {versions}; commit {env['git'] or 'unknown'}; {results['seconds']:.0f} s of training.",
+    ]
+    for setting, metric in dict.fromkeys((row.setting, row.metric) for row in results["rows"]):
+        rows = [row for row in results["rows"] if (row.setting, row.metric) == (setting, metric)]
+        lines += ["", f"## {setting}: {metric} by number of adaptation steps", "", *_table(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def learning_curves(results: Mapping[str, Any], path: Path, *, log_scale: bool = False) -> None:
+    """Draw each metric against adaptation steps, a panel for each setting, with bands of 95 % confidence."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["rows"] if row.mean is not None]
+    panels = list(dict.fromkeys((row.setting, row.metric) for row in rows))
+    methods = list(dict.fromkeys(row.method for row in rows))
+    figure = Figure(figsize=(1 + 4 * len(panels), 4), layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        for colour, method in enumerate(methods):
+            curve = [row for row in rows if (row.setting, row.metric) == panel and row.method == method]
+            if len(curve) == 1:  # a method that does not adapt
+                axes.axhline(curve[0].mean, color=f"C{colour}", linestyle="--", label=method)
+                continue
+            steps, mean, ci95 = (np.array([getattr(row, name) for row in curve], float) for name in ("step", "mean", "ci95"))
+            axes.plot(steps, mean, color=f"C{colour}", marker=".", label=method)
+            axes.fill_between(steps, mean - np.nan_to_num(ci95), mean + np.nan_to_num(ci95), color=f"C{colour}", alpha=0.2)
+        axes.set(title=panel[0], xlabel="adaptation steps", yscale="log" if log_scale else "linear")
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel(panels[0][1])
+    figure.axes[-1].legend()
+    figure.savefig(path, dpi=150)
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    steps = sorted({row.step for row in rows})
+    if len(steps) > 6:  # the ends, and whatever was published
+        steps = sorted({steps[0], steps[1], steps[-1]} | {row.step for row in rows if row.published is not None})
+    lines = ["| method | " + " | ".join(map(str, steps)) + " | trained for | evaluated on |", "|---" * (len(steps) + 3) + "|"]
+    for key in dict.fromkeys((row.method, row.protocol) for row in rows):
+        mine = {row.step: row for row in rows if (row.method, row.protocol) == key}
+        first = next(iter(mine.values()))
+        name = f"{first.method} ({first.note})" if first.note else first.method
+        cells = [_cell(mine[step]) if step in mine else "" for step in steps]
+        scope = [
+            f"{first.meta_updates:,} meta-updates, {_plural(first.seeds, 'seed')}",
+            f"{first.tasks} tasks, {first.protocol} protocol",
+        ]
+        lines.append("| " + " | ".join([name, *cells, *scope]) + " |")
+    sources = sorted({row.source for row in rows if row.source})
+    return [*lines, "", "Mean ± 95 % confidence interval" + "".join(f"; in brackets {source}" for source in sources) + "."]
+
+
+def _cell(row: Row) -> str:
+    interval = "" if row.ci95 is None else f" ± {_number(row.ci95)}"
+    cell = "diverged" if row.mean is None else _number(row.mean) + interval
+    return cell if row.published is None else f"{cell} ({row.published:g})"
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make `report.md` and `learning_curves.png` beside each results file named on the command line."""
+    paths = [Path(argument) for argument in (sys.argv[1:] if argv is None else argv)]
+    if not paths or any(str(path).startswith("-") for path in paths):
+        print("usage: python -m mamljax.report OUT/results.json [...]", file=sys.stderr)
+        return 2
+    for path in paths:
+        try:
+            results = read_results(path)
+        except ResultsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        write_atomically(path.with_name("report.md"), markdown(results))
+        learning_curves(results, path.with_name("learning_curves.png"))
+        print(path.with_name("report.md"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

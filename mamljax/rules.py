@@ -1,0 +1,76 @@
+"""Inner rules: how an adaptation step follows the gradient. Any Optax transformation is one."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mamljax.types import Model, PyTree
+
+Rule = float | optax.GradientTransformation  # a step size stands for gradient descent
+
+
+def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.GradientTransformation:
+    """Make an inner rule of a step size, or check that a transformation has finite meta-gradients.
+
+    Args:
+        rule: a step size, which stands for gradient descent, or any Optax transformation.
+        params: arrays, or their shapes, of the parameters to adapt.
+        differentiable: whether meta-gradients will pass through the rule.
+
+    Returns:
+        An Optax transformation.
+
+    Raises:
+        ValueError: the step size is not positive and finite, or the derivative of the rule is not finite where a gradient is
+            zero, as in dead ReLUs (Adam with `eps_root=0`).
+    """
+    if not isinstance(rule, optax.GradientTransformation):
+        if not (math.isfinite(rule) and rule > 0):
+            raise ValueError(f"the inner step size must be positive and finite, got {rule}. The paper uses 0.01 to 0.4.")
+        return optax.sgd(rule)
+    if not differentiable:
+        return rule
+
+    def total_update(gradient: PyTree, params: PyTree) -> Array:
+        return optax.tree.sum(rule.update(gradient, rule.init(params), params)[0])
+
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
+    derivative = jax.jit(jax.grad(total_update))(zeros, zeros)
+    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(derivative)):
+        raise ValueError(
+            "the inner rule has no finite derivative where a gradient is zero, so meta-gradients would be NaN. "
+            "For Adam and its kin pass eps_root=1e-8; or choose differentiation='first_order'."
+        )
+    return rule
+
+
+def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.GradientTransformation]:
+    r"""Let `maml` learn a step size for every single parameter together with the initialisation (Meta-SGD).
+
+    $\theta' \leftarrow \theta' - \alpha \circ \nabla L_i^{support}(\theta')$ with $\alpha$ shaped like $\theta$ and
+    of either sign (Li et al. 2017, arXiv 1707.09835, equation 3).
+
+    Args:
+        model: the network.
+        inner_lr: the value at which all step sizes begin; positive and finite.
+
+    Returns:
+        A model whose params are a dict of "theta" and "alpha", and the rule that goes with it; give both to `maml`.
+
+    Raises:
+        ValueError: the step size is not positive and finite.
+    """
+    as_rule(inner_lr, {}, differentiable=True)
+
+    def init(key: Array) -> PyTree:
+        theta = model.init(key)
+        return {"theta": theta, "alpha": jax.tree.map(lambda leaf: jnp.full_like(leaf, inner_lr), theta)}
+
+    def step(gradient: PyTree, params: PyTree) -> PyTree:
+        theta = jax.tree.map(lambda alpha, leaf: -alpha * leaf, params["alpha"], gradient["theta"])
+        return {"theta": theta, "alpha": jax.tree.map(jnp.zeros_like, params["alpha"])}
+
+    return Model(init, lambda params, x: model.apply(params["theta"], x)), optax.stateless(step)

@@ -1,0 +1,288 @@
+"""Meta-training: many meta-updates per compiled call, logged, validated, checkpointed and resumed."""
+
+import contextlib
+import json
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from tqdm import tqdm
+
+from mamljax.checkpoint import CheckpointError, Checkpoints
+from mamljax.checks import check_count
+from mamljax.files import write_atomically
+from mamljax.types import MetaLearner, Metrics, PyTree, State
+
+
+class Progress(NamedTuple):
+    """What a checkpoint holds. Trained from several keys, every leaf has a leading axis [seeds]."""
+
+    state: State
+    best: State  # that of the lowest validation error so far
+    best_error: Array  # [] float32, infinity before the first validation
+
+
+class Result(NamedTuple):
+    """What `fit` returns. Trained from several keys, every leaf of the states has a leading axis [seeds]."""
+
+    state: State  # after the last meta-update
+    best: State  # that of the lowest validation error, or `state` if there was no validation
+    num_updates: int  # meta-updates done, over all sessions of the run
+    seconds: float  # spent in training, over all sessions of the run
+
+
+class DivergenceError(FloatingPointError):
+    """The loss or the meta-gradient is no longer finite."""
+
+
+def fit(
+    learner: MetaLearner,
+    sample: Callable[[Array], PyTree],
+    *,
+    key: Array,
+    num_updates: int,
+    num_tasks: int,
+    log_every: int = 100,
+    validate_fn: Callable[[State], Array] | None = None,
+    validate_every: int = 1000,
+    directory: str | Path | None = None,
+    config: Mapping[str, Any] = {},
+    checkpoint_seconds: float = 30.0,
+    max_seconds: float = float("inf"),
+    label: str = "training",
+    progress: bool = True,
+    tensorboard: bool = False,
+) -> Result:
+    """Meta-train a learner.
+
+    Meta-update t draws its tasks from `fold_in(key, t)`, so that a resumed run goes on exactly as it would have. With a
+    `directory` the run is saved there and goes on from there if it was stopped: by a time limit, a kill, Ctrl-C or SIGTERM
+    (the last two save first).
+
+    Args:
+        learner: the method.
+        sample: key -> one task; drawn inside the compiled loop.
+        key: a JAX random key; or an array of N keys, to train N seeds in one compiled program.
+        num_updates: meta-updates in all.
+        num_tasks: B, tasks in a meta-batch.
+        log_every: meta-updates per compiled call, and per line of the log.
+        validate_fn: state -> error [], the lower the better, such as the mean loss over fixed validation tasks.
+        validate_every: meta-updates between validations.
+        directory: where to keep checkpoints and `metrics.jsonl`, a line for each compiled call; None keeps nothing.
+        config: JSON values that decide how the run goes. A directory that holds a run of another one is refused.
+        checkpoint_seconds: time between checkpoints; there is always one at the end.
+        max_seconds: stop after this time, saved.
+        label: what to call the run in the progress line.
+        progress: whether to show one, on standard error.
+        tensorboard: whether to write TensorBoard event files too, to `directory/tensorboard`.
+
+    Returns:
+        The last and the best state, the number of meta-updates done and the time they took.
+
+    Raises:
+        ValueError: a count out of range, TensorBoard without a directory, or metrics that are not scalars.
+        CheckpointError: the directory cannot be used; see `Checkpoints`.
+        DivergenceError: the loss or the meta-gradient is not finite. The last good checkpoint is kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after saving.
+    """
+    check_count("num_updates", num_updates, minimum=0)
+    for name, count in (("num_tasks", num_tasks), ("log_every", log_every), ("validate_every", validate_every)):
+        check_count(name, count)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1:
+        raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {key.dtype}{list(key.shape)}.")
+    if tensorboard and directory is None:
+        raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
+    over_seeds = jax.vmap if key.ndim else lambda fn, in_axes=0: fn
+    now = jax.jit(over_seeds(lambda key: _start(learner, key)))(key)
+    run = jax.jit(over_seeds(_run(learner, sample, num_tasks, log_every), (0, 0, None, None)), donate_argnums=0)
+    validate = validate_fn and jax.jit(over_seeds(lambda progress: _validate(validate_fn, progress)))
+
+    keeper = _Keeper(directory, {"num_tasks": num_tasks, **config}, tensorboard=tensorboard)
+    done, now = keeper.restore(now)
+    if done > num_updates:
+        raise CheckpointError(
+            f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
+        )
+    bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, dynamic_ncols=True)
+    started = time.monotonic()
+    with keeper, bar, _interruptions() as interrupted:
+        while done < num_updates and not interrupted.is_set() and time.monotonic() - started < max_seconds:
+            every = [log_every] + [validate_every] * (validate_fn is not None)
+            stop = min(num_updates, *(done + n - done % n for n in every))
+            state, metrics = run(now.state, key, done, stop)
+            metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
+            _check_finite(metrics, done, keeper.where)
+            now = now._replace(state=state)
+            line = {name: float(values.mean()) for name, values in metrics.items()}
+            if validate and stop % validate_every == 0:
+                now, error = validate(now)
+                line["validation_error"] = float(error.mean())
+            bar.update(stop - done)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"})
+            done = stop
+            keeper.log(done, line)
+            if time.monotonic() - keeper.saved_at > checkpoint_seconds:
+                keeper.save(done, now)
+        keeper.save(done, now)
+    if interrupted.is_set():
+        raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{keeper.where}")
+    return Result(now.state, now.best if validate_fn else now.state, done, keeper.seconds)
+
+
+def _start(learner: MetaLearner, key: Array) -> Progress:
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), learner.init(key))  # no weak types: they would retrace
+    return Progress(state, state, jnp.float32(jnp.inf))
+
+
+def _run(learner: MetaLearner, sample: Callable[[Array], PyTree], num_tasks: int, length: int) -> Callable:
+    """Meta-updates `start` to `stop`, at most `length`, as one loop: one compilation serves every call."""
+
+    def update(t: Array, state: State, key: Array) -> tuple[State, Metrics]:
+        sample_key, update_key = jax.random.split(jax.random.fold_in(key, t))
+        tasks = jax.vmap(sample)(jax.random.split(sample_key, num_tasks))
+        return learner.update(update_key, state, tasks)
+
+    def run(state: State, key: Array, start: Array, stop: Array) -> tuple[State, Metrics]:
+        def body(t: Array, carry: tuple) -> tuple:
+            state, log = carry
+            state, metrics = update(t, state, key)
+            return state, jax.tree.map(lambda values, value: values.at[t - start].set(value), log, metrics)
+
+        shapes = jax.eval_shape(update, start, state, key)[1]
+        for name, value in shapes.items():
+            if value.shape != ():
+                raise ValueError(f"the metrics of an update must be scalars, got {name} of shape {value.shape}. Take its mean.")
+        log = {name: jnp.zeros((length, *value.shape), value.dtype) for name, value in shapes.items()}
+        return lax.fori_loop(start, stop, body, (state, log))
+
+    return run
+
+
+def _validate(validate_fn: Callable[[State], Array], progress: Progress) -> tuple[Progress, Array]:
+    error = validate_fn(progress.state)
+    better = error < progress.best_error
+    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), progress.state, progress.best)
+    return Progress(progress.state, best, jnp.where(better, error, progress.best_error)), error
+
+
+def _check_finite(metrics: dict[str, np.ndarray], done: int, where: str) -> None:
+    for name, values in metrics.items():
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            *seed, offset = bad[bad[:, -1].argmin()]
+            seeds = f" of seed number {seed[0]}" if seed else ""
+            raise DivergenceError(
+                f"{name}{seeds} became {values[(*seed, offset)]} at meta-update {done + offset + 1}{where}. "
+                "Lower the inner or the outer step size, or clip the meta-gradient."
+            )
+
+
+@contextlib.contextmanager
+def _interruptions() -> Iterator[threading.Event]:
+    """Turn the first Ctrl-C or SIGTERM into an event, so that the update under way can be finished and saved."""
+    event = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield event
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore_handlers() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def on_signal(number: int, frame: Any) -> None:
+        event.set()
+        restore_handlers()
+        print("\nStopping after the updates under way, to save. Once more to stop at once.", file=sys.stderr)
+
+    for number in previous:
+        signal.signal(number, on_signal)
+    try:
+        yield event
+    finally:
+        restore_handlers()
+
+
+class _Keeper:
+    """The files of one run: checkpoints, `metrics.jsonl`, TensorBoard events. Does nothing without a directory."""
+
+    def __init__(self, directory: str | Path | None, config: dict[str, Any], *, tensorboard: bool) -> None:
+        self.directory = None if directory is None else Path(directory)
+        self.checkpoints = None if directory is None else Checkpoints(directory, config)
+        self.tensorboard = tensorboard
+        self.saved_update = None
+        self.saved_at = self.opened_at = time.monotonic()
+        self.seconds_before = 0.0
+        self.log_file = self.writer = None
+
+    def restore(self, like: PyTree) -> tuple[int, PyTree]:
+        """The newest checkpoint, or update 0 and `like`; takes back what was logged after it."""
+        self.saved_update, tree = (self.checkpoints and self.checkpoints.restore(like)) or (None, like)
+        return self.saved_update or 0, tree
+
+    def __enter__(self) -> "_Keeper":
+        if self.directory is None:
+            return self
+        path = self.directory / "metrics.jsonl"
+        lines = [line for line in read_metrics(path) if line["update"] <= (self.saved_update or 0)]
+        self.seconds_before = lines[-1]["seconds"] if lines else 0.0
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.log_file = path.open("a", buffering=1)
+        if self.tensorboard:
+            self.writer = _summary_writer(self.directory / "tensorboard", purge_step=(self.saved_update or 0) + 1)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for file in (self.log_file, self.writer):
+            if file is not None:
+                file.close()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training, over all sessions of the run."""
+        return self.seconds_before + time.monotonic() - self.opened_at
+
+    @property
+    def where(self) -> str:
+        """What is kept, to end a message with."""
+        if self.directory is None:
+            return ""
+        kept = "no checkpoint yet" if self.saved_update is None else f"the checkpoint of meta-update {self.saved_update}"
+        return f"; {self.directory} keeps {kept}"
+
+    def log(self, update: int, line: dict[str, float]) -> None:
+        if self.directory is None:
+            return
+        self.log_file.write(json.dumps({"update": update, **line, "seconds": round(self.seconds, 3)}) + "\n")
+        if self.writer:
+            for name, value in line.items():
+                self.writer.add_scalar(name, value, update)
+
+    def save(self, update: int, progress: Progress) -> None:
+        if self.directory is not None and update != self.saved_update:
+            self.checkpoints.save(update, progress)
+            self.saved_update, self.saved_at = update, time.monotonic()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """Read the lines of a `metrics.jsonl`; the last one may have been cut short by a kill and is then left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _summary_writer(directory: Path, *, purge_step: int) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ValueError('TensorBoard event files need tensorboardX. Install it: pip install "mamljax[experiments]"') from error
+    return SummaryWriter(str(directory), purge_step=purge_step)
