@@ -24,16 +24,15 @@ from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import mse
 from mamljax.maml import fine_tune, maml
 from mamljax.models import mlp
-from mamljax.rules import Rule
 from mamljax.tasks.sinusoid import INPUT, sinusoid
-from mamljax.types import MetaLearner, Model, SampleFn, State
+from mamljax.types import Model, State
 
 SOURCE = "Finn et al. 2017, table 2"
 PUBLISHED = {  # mean squared error, 5-shot, by number of adaptation steps
     "maml": {1: 0.67, 5: 0.38, 10: 0.35},
     "pretrained": {1: 2.41, 5: 2.23, 10: 2.19},
 }
-KERNEL_INITS = {"corrected": jax.nn.initializers.he_normal(), "paper": jax.nn.initializers.truncated_normal(0.01)}
+KERNEL_INITS = {"corrected": jax.nn.initializers.lecun_normal(), "paper": jax.nn.initializers.truncated_normal(0.01)}
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 Method = Literal["maml", "fomaml", "pretrained", "oracle", "random"]
@@ -49,7 +48,8 @@ class Options(runner.Options):
     """Methods, trained in this order: MAML, first-order MAML, one network for all tasks, one that is told amplitude and
     phase, and an untrained one. Those but MAML are fine-tuned with a step size tuned for them; the oracle is not."""
     protocol: Literal["corrected", "paper"] = "corrected"
-    """How the weights begin: He et al. 2015 (corrected), or truncated normal with standard deviation 0.01 (paper)."""
+    """How the weights begin, on which the text is silent: with Flax's default, LeCun normal (corrected), or truncated normal
+    with standard deviation 0.01 as in the authors' code (paper)."""
     steps: int = 70_000
     out: Path = Path("out/sinusoid")
     num_tasks: int = 25
@@ -71,7 +71,7 @@ class Options(runner.Options):
     """K, support points of a test task; one table each."""
     eval_steps: int = 10
     """Adaptation steps in evaluation."""
-    eval_queries: int = 100
+    eval_queries: int = 50
     """Query points of a test task."""
     tuning_lrs: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
     """Step sizes to choose from for fine-tuning, by the mean error over all steps on validation tasks."""
@@ -81,29 +81,16 @@ PRESETS = {"paper": Options(), "quick": Options(preset="quick", steps=5_000, eva
 
 
 def execute(options: Options, run: runner.Run) -> None:
-    """Train every method, tune what is fine-tuned, evaluate all on the same test tasks, draw the figures."""
+    """Train every method, evaluate all on the same test tasks, draw the figures."""
     rows, fits = [], {}
     for method in options.method:
-        learner = learner_of(method, options, options.inner_lr)
-        if method == "random":
-            states, num_updates = jax.vmap(learner.init)(run.keys), 0
-        else:
-            errors = functools.partial(
-                query_errors, method, options, options.inner_lr, shots=options.shots, seed=VALIDATION_SEED
-            )
-            result = run.train(
-                method,
-                learner,
-                sampler_of(method, options.shots, options.queries),
-                validate_fn=lambda state, errors=errors: errors(state)[:, -1].mean(),
-            )
-            states, num_updates = result.state, result.num_updates
-            if num_updates == 0:  # time ran out before
-                continue
+        states, num_updates = train(method, options, run)
+        if num_updates == 0 and method != "random":  # time ran out before
+            continue
         for shots in options.eval_shots:
-            rule = tuned_lr(method, options, states, shots=shots) if method in TUNED else options.inner_lr
-            errors = functools.partial(query_errors, method, options, rule, shots=shots, seed=TEST_SEED)
-            mean, ci95 = mean_and_ci95(jax.vmap(errors)(states))
+            lr = tuned_lr(options, states, shots=shots) if method in TUNED else options.inner_lr
+            errors = query_errors(states, lr, options=options, oracle=method == "oracle", shots=shots, seed=TEST_SEED)
+            mean, ci95 = mean_and_ci95(errors)
             rows += report.rows_over_steps(
                 mean,
                 ci95,
@@ -116,70 +103,83 @@ def execute(options: Options, run: runner.Run) -> None:
                 meta_updates=num_updates,
                 published=PUBLISHED.get(method, {}) if shots == 5 else {},
                 source=SOURCE,
-                note=f"step size {rule:g}" if method in TUNED else "",
+                note=f"step size {lr:g}" if method in TUNED else "",
             )
-        fits[method] = (jax.tree.map(lambda leaf: leaf[0], states), rule)
+        fits[method] = (jax.tree.map(lambda leaf: leaf[0], states), lr)
     results = run.write(rows)
     report.learning_curves(results, options.out / "learning_curves.png", log_scale=True)
     draw_fits(options, fits, options.out / "fits.png")
 
 
-def learner_of(method: Method, options: Options, rule: Rule) -> MetaLearner:
-    """The meta-learner of a method, which adapts by `rule`."""
-    model = model_of(method, options)
-    tx = optax.adam(options.meta_lr)
-    if method == "oracle":
-        return pretrain(model, mse, rule=rule, eval_steps=0, tx=tx)
-    if method in TUNED:
-        return pretrain(model, mse, rule=rule, eval_steps=options.eval_steps, tx=tx)
-    differentiation = "first_order" if method == "fomaml" else options.differentiation
-    steps = {"inner_steps": options.inner_steps, "eval_steps": options.eval_steps}
-    return maml(model, mse, rule=rule, **steps, tx=tx, differentiation=differentiation)
+def train(method: Method, options: Options, run: runner.Run) -> tuple[State, int]:
+    """Train a method from every seed; returns the states [seeds] and the number of meta-updates done."""
+    oracle = method == "oracle"
+    model, tx = network(options, oracle=oracle), optax.adam(options.meta_lr)
+    if method in ("maml", "fomaml"):
+        learner = maml(
+            model,
+            mse,
+            rule=options.inner_lr,
+            inner_steps=options.inner_steps,
+            eval_steps=options.eval_steps,
+            tx=tx,
+            differentiation="first_order" if method == "fomaml" else options.differentiation,
+        )
+    else:
+        learner = pretrain(model, mse, rule=options.inner_lr, eval_steps=0 if oracle else options.eval_steps, tx=tx)
+    if method == "random":
+        return jax.vmap(learner.init)(run.keys), 0
+
+    validation = sinusoid(shots=options.shots, queries=options.eval_queries, reveal=oracle)
+
+    def validation_error(state: State) -> Array:
+        losses = evaluate(learner, state, validation, key=jax.random.key(VALIDATION_SEED), num_tasks=options.eval_tasks)
+        return losses["loss"][:, -1].mean()
+
+    sample = sinusoid(shots=options.shots, queries=options.queries, reveal=oracle)
+    result = run.train(method, learner, sample, validate_fn=validation_error)
+    return result.state, result.num_updates
 
 
-def model_of(method: Method, options: Options) -> Model:
-    """The network of a method: the oracle's sees amplitude and phase too."""
-    return mlp(3 if method == "oracle" else 1, options.hidden_sizes, 1, kernel_init=KERNEL_INITS[options.protocol])
+def network(options: Options, *, oracle: bool = False) -> Model:
+    """The network of every method; the oracle's sees amplitude and phase beside x."""
+    return mlp(3 if oracle else 1, options.hidden_sizes, 1, kernel_init=KERNEL_INITS[options.protocol])
 
 
-def sampler_of(method: Method, shots: int, queries: int) -> SampleFn:
-    """The tasks of a method: the same curves and points for all."""
-    return sinusoid(shots=shots, queries=queries, reveal=method == "oracle")
+@functools.partial(jax.jit, static_argnames=("options", "oracle", "shots", "seed"))
+def query_errors(states: State, lr: Array | float, *, options: Options, oracle: bool, shots: int, seed: int) -> Array:
+    """Error before and after each step of size `lr`, whatever the states were trained by: [seeds, eval_tasks, S + 1]."""
+    steps = 0 if oracle else options.eval_steps
+    learner = pretrain(network(options, oracle=oracle), mse, rule=optax.sgd(lr), eval_steps=steps, tx=optax.identity())
+    sample = sinusoid(shots=shots, queries=options.eval_queries, reveal=oracle)
+    key = jax.random.key(seed)
+    return jax.vmap(lambda state: evaluate(learner, state, sample, key=key, num_tasks=options.eval_tasks)["loss"])(states)
 
 
-def query_errors(method: Method, options: Options, rule: Rule, state: State, *, shots: int, seed: int) -> Array:
-    """Mean squared error of one state on the tasks of `seed`: [eval_tasks, S + 1]."""
-    learner = learner_of(method, options, rule)
-    sample = sampler_of(method, shots, options.eval_queries)
-    return evaluate(learner, state, sample, key=jax.random.key(seed), num_tasks=options.eval_tasks)["loss"]
-
-
-def tuned_lr(method: Method, options: Options, states: State, *, shots: int) -> float:
+def tuned_lr(options: Options, states: State, *, shots: int) -> float:
     """The step size of fine-tuning with the least error on validation tasks, over all steps and seeds."""
+    errors = [
+        query_errors(states, lr, options=options, oracle=False, shots=shots, seed=VALIDATION_SEED)[..., 1:].mean()
+        for lr in options.tuning_lrs
+    ]
+    return options.tuning_lrs[int(jnp.nanargmin(jnp.array(errors)))]
 
-    def error(lr: Array, state: State) -> Array:
-        return query_errors(method, options, optax.sgd(lr), state, shots=shots, seed=VALIDATION_SEED)[:, 1:].mean()
 
-    errors = jax.vmap(lambda lr: jax.vmap(lambda state: error(lr, state))(states).mean())(jnp.array(options.tuning_lrs))
-    return options.tuning_lrs[int(jnp.nanargmin(errors))]
-
-
-def draw_fits(options: Options, fits: Mapping[Method, tuple[State, Rule]], path: Path) -> None:
+def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path: Path) -> None:
     """Draw the first seed's networks before and after adaptation to 5 points, from all or from the left half of the range."""
     fits = {method: fits[method] for method in ("maml", "pretrained") if method in fits}
     figure = Figure(figsize=(14, 0.5 + 3 * max(1, len(fits))), layout="constrained")
     panels = figure.subplots(max(1, len(fits)), 4, sharex=True, sharey="col", squeeze=False)
-    for row, (method, (state, rule)) in zip(panels, fits.items(), strict=False):
-        model = model_of(method, options)
+    for row, (method, (state, lr)) in zip(panels, fits.items(), strict=False):
         for column, axes in enumerate(row):
             halves = (INPUT[0], 0.0) if column % 2 else INPUT
             task = sinusoid(shots=5, queries=400, support_range=halves)(jax.random.key(TEST_SEED + column // 2))
             x, y = (values[jnp.argsort(task.query.x[:, 0]), 0] for values in task.query)
-            _, path_of_params = fine_tune(model, mse, state.params, task.support, optax.sgd(rule), options.eval_steps)
+            _, path_of_params = fine_tune(network(options), mse, state.params, task.support, optax.sgd(lr), options.eval_steps)
             axes.plot(x, y, color="0.6", linewidth=4, label="truth")
             for step, style in ((0, ":"), (1, "--"), (options.eval_steps, "-")):
                 params = jax.tree.map(lambda leaf, step=step: leaf[step], path_of_params)
-                axes.plot(x, model.apply(params, x[:, None]), f"C0{style}", label=f"{step} steps")
+                axes.plot(x, network(options).apply(params, x[:, None]), f"C0{style}", label=f"{step} steps")
             axes.plot(task.support.x, task.support.y, "C3^", label="points given")
             axes.set_title(f"{method}, points from {'half' if column % 2 else 'all'} of the range")
     figure.axes[0].legend(fontsize="small")
