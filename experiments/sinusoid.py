@@ -89,6 +89,7 @@ def execute(options: Options, run: runner.Run) -> None:
             continue
         for shots in options.eval_shots:
             lr = tuned_lr(options, states, shots=shots) if method in TUNED else options.inner_lr
+            fits.setdefault(method, (jax.tree.map(lambda leaf: leaf[0], states), lr))
             errors = query_errors(states, lr, options=options, oracle=method == "oracle", shots=shots, seed=TEST_SEED)
             mean, ci95 = mean_and_ci95(errors)
             rows += report.rows_over_steps(
@@ -105,7 +106,6 @@ def execute(options: Options, run: runner.Run) -> None:
                 source=SOURCE,
                 note=f"step size {lr:g}" if method in TUNED else "",
             )
-        fits[method] = (jax.tree.map(lambda leaf: leaf[0], states), lr)
     results = run.write(rows)
     report.learning_curves(results, options.out / "learning_curves.png", log_scale=True)
     draw_fits(options, fits, options.out / "fits.png")
@@ -168,21 +168,22 @@ def tuned_lr(options: Options, states: State, *, shots: int) -> float:
 def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path: Path) -> None:
     """Draw the first seed's networks before and after adaptation to 5 points, from all or from the left half of the range."""
     fits = {method: fits[method] for method in ("maml", "pretrained") if method in fits}
-    figure = Figure(figsize=(14, 0.5 + 3 * max(1, len(fits))), layout="constrained")
+    figure = Figure(figsize=(14, 1 + 3 * len(fits)), layout="constrained")
     panels = figure.subplots(max(1, len(fits)), 4, sharex=True, sharey="col", squeeze=False)
     for row, (method, (state, lr)) in zip(panels, fits.items(), strict=False):
         for column, axes in enumerate(row):
-            halves = (INPUT[0], 0.0) if column % 2 else INPUT
-            task = sinusoid(shots=5, queries=400, support_range=halves)(jax.random.key(TEST_SEED + column // 2))
-            x, y = (values[jnp.argsort(task.query.x[:, 0]), 0] for values in task.query)
-            _, path_of_params = fine_tune(network(options), mse, state.params, task.support, optax.sgd(lr), options.eval_steps)
-            axes.plot(x, y, color="0.6", linewidth=4, label="truth")
-            for step, style in ((0, ":"), (1, "--"), (options.eval_steps, "-")):
-                params = jax.tree.map(lambda leaf, step=step: leaf[step], path_of_params)
-                axes.plot(x, network(options).apply(params, x[:, None]), f"C0{style}", label=f"{step} steps")
-            axes.plot(task.support.x, task.support.y, "C3^", label="points given")
-            axes.set_title(f"{method}, points from {'half' if column % 2 else 'all'} of the range")
-    figure.axes[0].legend(fontsize="small")
+            interval = (INPUT[0], 0.0) if column % 2 else INPUT
+            task = sinusoid(shots=5, queries=400, support_range=interval)(jax.random.key(TEST_SEED + column // 2))
+            x, y = (values[jnp.argsort(task.query.x[:, 0])] for values in task.query)
+            _, states = fine_tune(network(options), mse, state.params, task.support, optax.sgd(lr), options.eval_steps)
+            axes.plot(x, y, color="0.75", linewidth=4, label="true curve")
+            for step, style in ((0, "C7:"), (1, "C0--"), (options.eval_steps, "C2-")):
+                params = jax.tree.map(lambda leaf, step=step: leaf[step], states)
+                axes.plot(x, network(options).apply(params, x), style, label=f"after {step} steps")
+            axes.plot(task.support.x, task.support.y, "C3^", label="the 5 points")
+            axes.axvspan(*interval, color="C3", alpha=0.05)
+            axes.set(title=f"{method}, curve {1 + column // 2}", xlabel="x", ylim=1.6 * jnp.array([y.min(), y.max()]))
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=150)
 
 

@@ -54,7 +54,7 @@ class Checkpoints:
             self._manager.save(step, args=items, force=True)
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
             raise CheckpointError(
-                f"cannot write the checkpoint of meta-update {step} to {self.directory}: {_first_line(error)}. "
+                f"cannot write the checkpoint of meta-update {step} to {self.directory}: {_in_short(error)}. "
                 "Free some space or choose another directory; earlier checkpoints are kept."
             ) from error
 
@@ -77,7 +77,7 @@ class Checkpoints:
             except CheckpointError:
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax or tensorstore raise
-                print(f"The checkpoint of meta-update {step} in {self.directory} cannot be read ({_first_line(error)}); "
+                print(f"The checkpoint of meta-update {step} in {self.directory} cannot be read ({_in_short(error)}); "
                       "falling back to the one before.", file=sys.stderr)  # fmt: skip
                 continue
             for damaged in (s for s in steps if s > step):
@@ -142,5 +142,6 @@ def _shapes(tree: PyTree) -> dict[str, str]:
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _in_short(error: BaseException) -> str:
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return line if len(line) <= 200 else line[:200] + "..."

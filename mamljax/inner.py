@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from mamljax.types import PyTree
 
@@ -24,12 +25,12 @@ def adapt(
     r"""Take one step of `rule` down `loss_fn` for each leading entry of `data`.
 
     $\theta_{i+1} = \theta_i + \mathrm{rule}(\nabla_\theta L(\theta_i, d_i))$, which for gradient descent is
-    line 6 of algorithm 1 in Finn et al. 2017. The result is differentiable in `params`:
+    line 6 of algorithm 1 in Finn et al. 2017. The result is differentiable in
+    `params`, `data` and whatever `loss_fn` closes over:
 
-    - `"mixed"`: exact, by forward-over-reverse differentiation of each step (MixFlow-MG, arXiv 2505.00793). Keeps
-      nothing of a step but its parameters. What `loss_fn` closes over is a constant: to differentiate in
-      something else than `params`, put it into `data`, or use `"reverse"`.
-    - `"reverse"`: exact, by plain reverse mode through every step; can itself be differentiated in any mode.
+    - `"mixed"`: exact, by forward-over-reverse differentiation of each step (MixFlow-MG, arXiv 2505.00793), of which it
+      keeps nothing but the parameters. Cannot itself be differentiated in forward mode.
+    - `"reverse"`: exact, by plain reverse mode through every step. Can itself be differentiated in any mode.
     - `"first_order"`: the inner gradient counts as a constant (first-order MAML).
 
     Args:
@@ -80,18 +81,30 @@ def _inner_gradient(loss_fn: Callable, differentiation: Differentiation) -> Call
         return gradient
     if differentiation == "first_order":
         return lambda params, entry: lax.stop_gradient(gradient(params, entry))
-    if differentiation == "mixed":
-        return _mixed_mode(loss_fn, gradient)
-    raise ValueError(f"differentiation must be one of {get_args(Differentiation)}, got {differentiation!r}.")
+    if differentiation != "mixed":
+        raise ValueError(f"differentiation must be one of {get_args(Differentiation)}, got {differentiation!r}.")
+
+    def mixed(params: PyTree, entry: PyTree) -> PyTree:
+        # The backward pass runs later, outside the transformations (vmap over tasks) that are under way now. So whatever
+        # the loss closes over becomes an argument.
+        closed = jax.make_jaxpr(loss_fn)(params, entry)
+
+        def pure_loss(params: PyTree, entry_and_closed_over: PyTree) -> Array:
+            entry, closed_over = entry_and_closed_over
+            return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))(*jax.tree.leaves((params, entry)))[0]
+
+        return _mixed_mode_gradient(pure_loss)(params, (entry, closed.consts))
+
+    return mixed
 
 
-def _mixed_mode(loss_fn: Callable, gradient: Callable) -> Callable:
-    """`gradient`, whose backward pass is the Hessian-vector product by a forward pass over the gradient."""
+def _mixed_mode_gradient(loss_fn: Callable) -> Callable:
+    """The gradient of `loss_fn` in its first argument, whose backward pass is a forward pass over the whole gradient."""
     joint_gradient = jax.grad(loss_fn, argnums=(0, 1), allow_int=True)
 
     @jax.custom_vjp
-    def mixed(params: PyTree, entry: PyTree) -> PyTree:
-        return gradient(params, entry)
+    def gradient(params: PyTree, entry: PyTree) -> PyTree:
+        return jax.grad(loss_fn)(params, entry)
 
     def forward(params: PyTree, entry: PyTree) -> tuple[PyTree, tuple]:
         return gradient(params, entry), (params, entry)
@@ -101,8 +114,8 @@ def _mixed_mode(loss_fn: Callable, gradient: Callable) -> Callable:
         # The Hessian is symmetric: its product with (cotangent, 0) from the right is that from the left.
         return jax.jvp(lambda params: joint_gradient(params, entry), (params,), (cotangent,))[1]
 
-    mixed.defvjp(forward, backward)
-    return mixed
+    gradient.defvjp(forward, backward)
+    return gradient
 
 
 def _scalar(loss_fn: Callable) -> Callable:

@@ -82,11 +82,10 @@ def fine_tune(
 ) -> tuple[PyTree, PyTree]:
     """Take `num_steps` steps of `rule`, each on the whole support set; returns what `inner.adapt` does."""
 
-    def support_loss(params: PyTree, examples: Examples) -> Array:
-        return loss_fn(model.apply(params, examples.x), examples.y)
+    def support_loss(params: PyTree, step: Array) -> Array:
+        return loss_fn(model.apply(params, support.x), support.y)
 
-    data = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num_steps, *leaf.shape)), support)
-    return adapt(support_loss, params, data, rule, differentiation=differentiation)
+    return adapt(support_loss, params, jnp.arange(num_steps), rule, differentiation=differentiation)
 
 
 def learning_curve(

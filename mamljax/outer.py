@@ -49,7 +49,7 @@ def meta_learner(
 
         loss, grads = jax.value_and_grad(meta_loss)(state.params)
         updates, opt = tx.update(grads, state.opt, state.params, value=loss, grad=grads, value_fn=meta_loss)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=optax.apply_updates(state.params, updates), opt=opt), metrics
 
     return MetaLearner(init, update, evaluate)

@@ -33,7 +33,7 @@ class Row(NamedTuple):
     mean: float
     ci95: float  # half-width; over seeds, or over tasks if there is but one seed
     tasks: int
-    seeds: int
+    seeds: int  # trainings; 0 in a benchmark, which trains nothing
     meta_updates: int
     published: float | None = None
     source: str = ""
@@ -143,34 +143,50 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def learning_curves(results: Mapping[str, Any], path: Path, *, log_scale: bool = False) -> None:
-    """Draw each metric against adaptation steps, a panel for each setting, with bands of 95 % confidence."""
+    """Draw each metric against adaptation steps, a panel for each setting, with bands of 95 % confidence.
+
+    Args:
+        results: as `read_results` returns them; nothing is drawn if they have no rows.
+        path: where to write the figure.
+        log_scale: whether the vertical axis is logarithmic.
+    """
     from matplotlib.figure import Figure
 
-    rows = [row for row in results["rows"] if row.mean is not None]
+    rows = results["rows"]
     panels = list(dict.fromkeys((row.setting, row.metric) for row in rows))
     methods = list(dict.fromkeys(row.method for row in rows))
+    if not panels:
+        return
     figure = Figure(figsize=(1 + 4 * len(panels), 4), layout="constrained")
-    for axes, panel in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+    share = len({metric for _, metric in panels}) == 1
+    for axes, panel in zip(figure.subplots(1, len(panels), sharey=share, squeeze=False)[0], panels, strict=True):
         for colour, method in enumerate(methods):
-            curve = [row for row in rows if (row.setting, row.metric) == panel and row.method == method]
-            if len(curve) == 1:  # a method that does not adapt
-                axes.axhline(curve[0].mean, color=f"C{colour}", linestyle="--", label=method)
-                continue
-            steps, mean, ci95 = (np.array([getattr(row, name) for row in curve], float) for name in ("step", "mean", "ci95"))
-            axes.plot(steps, mean, color=f"C{colour}", marker=".", label=method)
-            axes.fill_between(steps, mean - np.nan_to_num(ci95), mean + np.nan_to_num(ci95), color=f"C{colour}", alpha=0.2)
-        axes.set(title=panel[0], xlabel="adaptation steps", yscale="log" if log_scale else "linear")
+            _draw_curve(
+                axes, [row for row in rows if (row.setting, row.metric) == panel and row.method == method], f"C{colour}"
+            )
+        axes.set(title=panel[0], xlabel="adaptation steps", ylabel=panel[1], yscale="log" if log_scale else "linear")
+        axes.label_outer()
         axes.grid(alpha=0.3)
-    figure.axes[0].set_ylabel(panels[0][1])
-    figure.axes[-1].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
     figure.savefig(path, dpi=150)
+
+
+def _draw_curve(axes: Any, curve: Sequence[Row], colour: str) -> None:
+    if len(curve) == 1 and curve[0].mean is not None:  # a method that does not adapt
+        axes.axhline(curve[0].mean, color=colour, linestyle="--", label=curve[0].method)
+    elif curve:  # a null becomes NaN, which is not drawn
+        steps, mean, ci95 = (np.array([getattr(row, name) for row in curve], float) for name in ("step", "mean", "ci95"))
+        axes.plot(steps, mean, color=colour, marker=".", label=curve[0].method)
+        axes.fill_between(steps, mean - ci95, mean + ci95, color=colour, alpha=0.2)
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
     steps = sorted({row.step for row in rows})
     if len(steps) > 6:  # the ends, and whatever was published
         steps = sorted({steps[0], steps[1], steps[-1]} | {row.step for row in rows if row.published is not None})
-    lines = ["| method | " + " | ".join(map(str, steps)) + " | trained for | evaluated on |", "|---" * (len(steps) + 3) + "|"]
+    trained = any(row.seeds for row in rows)  # a benchmark trains nothing
+    head = ["method", *map(str, steps), *(["trained for", "evaluated on"] if trained else [])]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for key in dict.fromkeys((row.method, row.protocol) for row in rows):
         mine = {row.step: row for row in rows if (row.method, row.protocol) == key}
         first = next(iter(mine.values()))
@@ -180,7 +196,9 @@ def _table(rows: Sequence[Row]) -> list[str]:
             f"{first.meta_updates:,} meta-updates, {_plural(first.seeds, 'seed')}",
             f"{first.tasks} tasks, {first.protocol} protocol",
         ]
-        lines.append("| " + " | ".join([name, *cells, *scope]) + " |")
+        lines.append("| " + " | ".join([name, *cells, *(scope if trained else [])]) + " |")
+    if not trained:
+        return [*lines, "", "; ".join(sorted({row.protocol for row in rows})) + "."]
     sources = sorted({row.source for row in rows if row.source})
     return [*lines, "", "Mean ± 95 % confidence interval" + "".join(f"; in brackets {source}" for source in sources) + "."]
 

@@ -1,0 +1,163 @@
+"""Checkpoints: whole or not there, refused when they are another run's, passed over when damaged."""
+
+import errno
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamljax.checkpoint import CheckpointError, Checkpoints, claim_directory
+from mamljax.files import write_atomically
+from mamljax.types import State
+
+# Orbax leaves the failures of parts of a damaged checkpoint unretrieved.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+TREE = State({"w": jnp.arange(6.0).reshape(2, 3), "b": jnp.float32(1)}, opt=((), jnp.int32(7)))
+
+
+def scaled(factor):
+    return jax.tree.map(lambda leaf: leaf * factor, TREE)
+
+
+def restored(directory, config=()):
+    return Checkpoints(directory, dict(config)).restore(jax.eval_shape(lambda: TREE))
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A directory with checkpoints of steps 1 and 2."""
+    checkpoints = Checkpoints(tmp_path, {})
+    for step in (1, 2):
+        checkpoints.save(step, scaled(step))
+    return tmp_path
+
+
+def test_nothing_to_restore(tmp_path):
+    assert restored(tmp_path) is None
+
+
+def test_round_trip(two):
+    step, tree = restored(two)
+    assert step == 2
+    assert isinstance(tree, State)
+    assert_equal(tree, scaled(2))
+
+
+def test_the_last_two_are_kept(two):
+    Checkpoints(two, {}).save(3, scaled(3))
+    assert sorted(path.name for path in (two / "steps").iterdir()) == ["2", "3"]
+
+
+def damage_truncate(step):
+    for path in step.rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damage_flip_a_byte(step):
+    for path in step.rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        path.write_bytes(content)
+
+
+def damage_remove_a_part(step):
+    shutil.rmtree(step / "tree")
+
+
+def damage_spoil_the_seal(step):
+    (step / "seal" / "metadata").write_text("{")
+
+
+DAMAGES = [damage_truncate, damage_flip_a_byte, damage_remove_a_part, damage_spoil_the_seal]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_falls_back_to_the_one_before_and_says_so(two, damage, capfd):
+    damage(two / "steps" / "2")
+    step, tree = restored(two)
+    assert step == 1
+    assert_equal(tree, scaled(1))
+    assert "The checkpoint of meta-update 2 in" in capfd.readouterr().err
+    checkpoints = Checkpoints(two, {})
+    checkpoints.restore(TREE)
+    checkpoints.save(2, scaled(5))  # the damaged one is out of the way
+    assert_equal(restored(two)[1], scaled(5))
+
+
+def test_values_that_do_not_match_their_checksum(two, capfd, monkeypatch):
+    monkeypatch.setattr("mamljax.checkpoint._checksum", lambda tree: 0)
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read. Delete that directory"):
+        restored(two)
+    assert capfd.readouterr().err.count("its checksum does not match") == 2
+
+
+def test_all_damaged(two):
+    for step in (1, 2):
+        damage_truncate(two / "steps" / str(step))
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        restored(two)
+
+
+@pytest.mark.parametrize(
+    ("like", "difference"),
+    [
+        (
+            TREE._replace(params={"w": jnp.zeros((2, 4)), "b": jnp.float32(0)}),
+            r"\.params\['w'\] it has float32\[2, 3\], expected float32\[2, 4\]",
+        ),
+        (TREE._replace(params={"w": jnp.zeros((2, 3))}), r"\.params\['b'\] it has float32\[\], expected nothing"),
+        (TREE._replace(opt=((), jnp.float32(7))), r"\.opt\[1\] it has int32\[\], expected float32\[\]"),
+    ],
+)
+def test_another_architecture_is_refused_at_its_first_difference(two, like, difference):
+    with pytest.raises(CheckpointError, match=f"another model or method: at {difference}"):
+        Checkpoints(two, {}).restore(like)
+
+
+def test_another_configuration_is_refused(tmp_path):
+    Checkpoints(tmp_path, {"inner_lr": 0.1, "seeds": 1, "sizes": (40, 40)})
+    Checkpoints(tmp_path, {"inner_lr": 0.1, "seeds": 1, "sizes": (40, 40)})
+    with pytest.raises(CheckpointError, match=r"another configuration: it has {'inner_lr': 0.1}, this one {'inner_lr': 0.2}"):
+        Checkpoints(tmp_path, {"inner_lr": 0.2, "seeds": 1, "sizes": (40, 40)})
+
+
+def test_spoilt_configuration(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="config.json is not JSON"):
+        claim_directory(tmp_path, {})
+
+
+def test_a_file_in_the_way(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot write to .*Choose another directory"):
+        claim_directory(tmp_path / "file" / "run", {})
+
+
+def test_full_disk_keeps_earlier_checkpoints(two, monkeypatch):
+    checkpoints = Checkpoints(two, {})
+
+    def no_space(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints._manager, "save", no_space)
+    with pytest.raises(
+        CheckpointError, match="cannot write the checkpoint of meta-update 3.*No space left.*earlier checkpoints are kept"
+    ):
+        checkpoints.save(3, scaled(3))
+    assert restored(two)[0] == 2
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"

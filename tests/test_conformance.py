@@ -1,0 +1,166 @@
+"""One battery for every learner of the library: a new method is one more row of the table."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mamljax.baselines.pretrain import pretrain
+from mamljax.checkpoint import Checkpoints
+from mamljax.losses import mse
+from mamljax.maml import maml
+from mamljax.models import mlp
+from mamljax.rules import learned_step_sizes
+from mamljax.tasks.sinusoid import sinusoid
+from mamljax.types import MetaLearner
+
+KEY = jax.random.key(0)
+MODEL = mlp(1, (8, 8), 1, kernel_init=jax.nn.initializers.lecun_normal())
+METRICS = {"absolute": lambda outputs, y: jnp.abs(outputs - y).mean(), "mean_output": lambda outputs, y: outputs.mean()}
+TRAINING = {"tx": optax.adam(1e-2), "metric_fns": METRICS}
+SAMPLE = sinusoid(shots=5, queries=6)
+
+
+def meta_sgd(inner_steps):
+    model, rule = learned_step_sizes(MODEL, 0.01)
+    return maml(model, mse, rule=rule, inner_steps=inner_steps, eval_steps=3, **TRAINING)
+
+
+MAML = functools.partial(maml, MODEL, mse, inner_steps=2, eval_steps=3, **TRAINING)
+PRETRAIN = functools.partial(pretrain, MODEL, mse, **TRAINING)
+LEARNERS = {  # name: (learner, adaptation steps in evaluation)
+    "maml": (MAML(rule=0.01), 3),
+    "maml, one step": (MAML(rule=0.01, inner_steps=1), 3),
+    "maml, reverse": (MAML(rule=0.01, differentiation="reverse"), 3),
+    "fomaml": (MAML(rule=0.01, differentiation="first_order"), 3),
+    "maml, adam inside": (MAML(rule=optax.adam(0.01, eps_root=1e-8)), 3),
+    "meta-sgd": (meta_sgd(2), 3),
+    "pretrained": (PRETRAIN(rule=0.01, eval_steps=3), 3),
+    "oracle": (PRETRAIN(rule=0.01, eval_steps=0), 0),
+}
+
+
+@pytest.fixture(params=LEARNERS, scope="module")
+def case(request):
+    """A learner, its number of steps, and its update and evaluation compiled, with a count of their traces."""
+    learner, num_steps = LEARNERS[request.param]
+    traces = []
+
+    def update(key, state, tasks):
+        traces.append("update")
+        return learner.update(key, state, tasks)
+
+    return learner, num_steps, jax.jit(update), jax.jit(learner.evaluate), traces
+
+
+def tasks_from(seed, num_tasks=4):
+    return jax.vmap(SAMPLE)(jax.random.split(jax.random.key(seed), num_tasks))
+
+
+def signature(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_is_three_functions_with_the_same_arguments(case):
+    learner = case[0]
+    assert isinstance(learner, MetaLearner)
+    names = [list(inspect.signature(function).parameters) for function in learner]
+    assert names == [["key"], ["key", "state", "tasks"], ["key", "state", "task"]]
+
+
+def test_updates_keep_the_state_as_it_is_and_are_traced_once(case):
+    learner, _, update, _, traces = case
+    state = start = learner.init(KEY)
+    for seed in range(3):
+        state, metrics = update(jax.random.key(seed), state, tasks_from(seed))
+        assert signature(state) == signature(start)
+        assert {"loss", "grad_norm"} <= metrics.keys()
+        assert all(value.shape == () and jnp.isfinite(value) for value in metrics.values())
+    assert traces == ["update"]
+    assert not equal(state.params, start.params)
+
+
+def test_same_key_same_result(case):
+    learner, _, update, _, _ = case
+    assert equal(learner.init(KEY), learner.init(KEY))
+    first, second = (update(KEY, learner.init(KEY), tasks_from(0)) for _ in range(2))
+    assert equal(first, second)
+    assert not equal(first[0].params, update(KEY, learner.init(KEY), tasks_from(1))[0].params)
+
+
+def test_order_of_tasks_does_not_matter(case):
+    learner, _, update, _, _ = case
+    tasks = tasks_from(0)
+    one = update(KEY, learner.init(KEY), tasks)[1]
+    other = update(KEY, learner.init(KEY), jax.tree.map(lambda leaf: leaf[::-1], tasks))[1]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, other)
+
+
+def test_loss_is_the_mean_of_the_losses_of_single_tasks(case):
+    """So no task takes part in another one's adaptation."""
+    learner, _, update, _, _ = case
+    tasks = tasks_from(0)
+    singles = [
+        update(KEY, learner.init(KEY), jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], tasks))[1]["loss"] for i in range(4)
+    ]
+    together = jax.jit(learner.update)(KEY, learner.init(KEY), tasks)[1]["loss"]
+    np.testing.assert_allclose(together, np.mean(singles), rtol=1e-5)
+
+
+def test_evaluation_has_a_number_for_each_step(case):
+    learner, num_steps, _, evaluate, _ = case
+    metrics = evaluate(KEY, learner.init(KEY), SAMPLE(KEY))
+    assert metrics.keys() == {"loss", "absolute", "mean_output"}
+    for values in metrics.values():
+        assert values.shape == (num_steps + 1,)
+        assert jnp.isfinite(values).all()
+    if num_steps:
+        assert metrics["loss"][-1] != metrics["loss"][0]
+
+
+def test_evaluation_before_adaptation_is_that_of_the_network(case):
+    learner, _, _, evaluate, _ = case
+    state, task = learner.init(KEY), SAMPLE(KEY)
+    params = state.params["theta"] if "theta" in state.params else state.params
+    outputs = MODEL.apply(params, task.query.x)
+    metrics = evaluate(KEY, state, task)
+    np.testing.assert_allclose(metrics["loss"][0], mse(outputs, task.query.y), rtol=1e-5)
+    np.testing.assert_allclose(metrics["absolute"][0], jnp.abs(outputs - task.query.y).mean(), rtol=1e-5)
+
+
+def test_adaptation_sees_the_support_labels_and_not_those_of_the_query_set(case):
+    learner, num_steps, _, evaluate, _ = case
+    state, task = learner.init(KEY), SAMPLE(KEY)
+    outputs = evaluate(KEY, state, task)["mean_output"]
+    other_query = evaluate(KEY, state, task._replace(query=task.query._replace(y=task.query.y + 1.0)))
+    np.testing.assert_array_equal(outputs, other_query["mean_output"])
+    other_support = evaluate(KEY, state, task._replace(support=task.support._replace(y=task.support.y + 1.0)))
+    assert outputs[0] == other_support["mean_output"][0]
+    assert num_steps == 0 or (outputs[1:] != other_support["mean_output"][1:]).any()
+
+
+def test_survives_a_checkpoint(case, tmp_path):
+    learner, _, update, _, _ = case
+    state, _ = update(KEY, learner.init(KEY), tasks_from(0))
+    Checkpoints(tmp_path, {}).save(1, state)
+    step, restored = Checkpoints(tmp_path, {}).restore(jax.eval_shape(learner.init, KEY))
+    assert step == 1
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert equal(restored, state)
+    assert equal(update(KEY, restored, tasks_from(1)), update(KEY, state, tasks_from(1)))
+
+
+def test_every_loss_of_a_learner_is_checked_for_malformed_tasks(case):
+    learner = case[0]
+    tasks = tasks_from(0)
+    broken = tasks._replace(support=tasks.support._replace(y=tasks.support.y[:, :-1]))
+    with pytest.raises(ValueError, match="x and y of the support set must have one length"):
+        learner.update(KEY, learner.init(KEY), broken)

@@ -1,0 +1,76 @@
+"""Evaluation over tasks, and confidence intervals."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamljax.evaluate import evaluate, mean_and_ci95
+from mamljax.types import MetaLearner, State
+
+KEY = jax.random.key(0)
+LEARNER = MetaLearner(
+    init=lambda key: State(jnp.float32(2.0), ()),
+    update=None,
+    evaluate=lambda key, state, task: {"loss": jnp.stack([state.params * task, jax.random.uniform(key)])},
+)
+
+
+def values_of(num_tasks=10, params=2.0, **arguments):
+    return evaluate(LEARNER, State(jnp.float32(params), ()), jax.random.uniform, key=KEY, num_tasks=num_tasks, **arguments)[
+        "loss"
+    ]
+
+
+def test_every_task_is_a_row():
+    values = values_of()
+    assert values.shape == (10, 2)
+    assert len(np.unique(values)) == 20  # tasks, and the keys of their evaluations, all differ
+    np.testing.assert_array_equal(values, values_of())
+    np.testing.assert_allclose(values_of(params=4.0)[:, 0], 2 * values[:, 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10, 50])
+def test_batches_change_nothing(batch_size):
+    np.testing.assert_allclose(values_of(batch_size=batch_size), values_of(), rtol=1e-6)
+
+
+def test_several_states_at_once():
+    states = State(jnp.array([2.0, 3.0]), ())
+    many = jax.vmap(lambda state: evaluate(LEARNER, state, jax.random.uniform, key=KEY, num_tasks=5)["loss"])(states)
+    np.testing.assert_allclose(many[0], values_of(5), rtol=1e-6)
+    np.testing.assert_allclose(many[1], values_of(5, params=3.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [{"num_tasks": 0}, {"batch_size": 0}])
+def test_counts_are_positive(bad):
+    with pytest.raises(ValueError, match=f"{next(iter(bad))} must be a whole number of at least 1, got 0"):
+        values_of(**bad)
+
+
+def test_interval_of_one_seed_is_over_tasks():
+    values = np.random.default_rng(0).normal(3.0, 2.0, size=(1, 400, 2))
+    mean, ci95 = mean_and_ci95(values)
+    np.testing.assert_allclose(mean, values[0].mean(0))
+    np.testing.assert_allclose(ci95, 1.96 * values[0].std(0, ddof=1) / 20)
+
+
+def test_interval_of_several_seeds_is_over_their_means():
+    values = np.arange(3.0)[:, None, None] + np.array([-1.0, 1.0])[None, :, None]  # seed means 0, 1, 2
+    mean, ci95 = mean_and_ci95(values)
+    np.testing.assert_allclose(mean, [1.0])
+    np.testing.assert_allclose(ci95, [4.302653 * 1.0 / np.sqrt(3)], rtol=1e-6)  # t of two degrees of freedom
+
+
+def test_interval_covers_the_truth_19_times_in_20():
+    rng = np.random.default_rng(1)
+    for shape in ((1, 100, 2000), (4, 3, 2000)):
+        mean, ci95 = mean_and_ci95(rng.normal(size=shape))
+        coverage = (np.abs(mean) < ci95).mean()
+        assert abs(coverage - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 2000)
+
+
+def test_one_value_has_no_interval():
+    mean, ci95 = mean_and_ci95([[[5.0]]])
+    assert mean == [5.0]
+    assert np.isnan(ci95).all()

@@ -1,0 +1,55 @@
+"""The layers of the library: who may import whom, read from the source."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import mamljax
+
+ROOT = Path(mamljax.__file__).parent
+FOUNDATION = {"types", "checks", "files"}
+ALLOWED = {
+    "types": set(),
+    "files": set(),
+    "checks": {"types"},
+    "losses": {"types"},
+    "models": {"types", "checks"},
+    "inner": {"types"},
+    "rules": {"types"},
+    "tasks": {"types", "checks"},
+    "outer": {"types"},
+    "checkpoint": FOUNDATION,
+    "train": FOUNDATION | {"checkpoint"},
+    "evaluate": FOUNDATION,
+    "report": FOUNDATION,
+    "maml": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
+    "baselines": FOUNDATION | {"losses", "models", "inner", "rules", "outer", "maml"},
+}
+
+
+def parts_imported(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "mamljax":
+            parts = node.module.split(".")
+            yield from [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
+        elif isinstance(node, ast.Import):
+            yield from [alias.name.split(".")[1] for alias in node.names if alias.name.startswith("mamljax.")]
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_follow_the_layers(path):
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    imported = set(parts_imported(ast.parse(path.read_text()))) - {part}
+    assert imported <= ALLOWED.get(part, set()), f"{path} imports {imported - ALLOWED.get(part, set())}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.rglob("*.py")), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_only_models_imports_flax(path):
+    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert path.name == "models.py" or not any("flax" in ast.unparse(node) for node in imports)
+
+
+def test_maml_is_read_in_under_500_lines():
+    files = [ROOT / "types.py", ROOT / "inner.py", ROOT / "maml.py", Path(__file__).parents[1] / "experiments" / "sinusoid.py"]
+    assert sum(len(file.read_text().splitlines()) for file in files) < 500

@@ -1,0 +1,64 @@
+"""The outer loop: the mean over tasks, what is differentiated, what the optimiser is given."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mamljax.outer import meta_learner
+from mamljax.types import State
+
+KEY = jax.random.key(0)
+
+
+def learner_with(task_loss, **arguments):
+    arguments = {"tx": optax.sgd(1.0)} | arguments
+    return meta_learner(lambda key: jnp.float32(3.0), task_loss, lambda key, state, task: {}, **arguments)
+
+
+def test_descends_the_mean_over_tasks():
+    learner = learner_with(lambda params, task: 0.5 * (params - task) ** 2)
+    state, metrics = learner.update(KEY, learner.init(KEY), jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(metrics["loss"], (2**2 / 2 + 1**2 / 2) / 2)
+    np.testing.assert_allclose(metrics["grad_norm"], 1.5)
+    np.testing.assert_allclose(state.params, 3.0 - 1.5)
+
+
+def test_gather_draws_for_each_task_and_is_not_differentiated():
+    def gather(key, params, task):
+        return params * task, jax.random.normal(key)
+
+    seen = []
+
+    def task_loss(params, data):
+        seen.append(data[1].shape)
+        return params * data[0]
+
+    learner = learner_with(task_loss, gather=gather)
+    state, _ = learner.update(KEY, learner.init(KEY), jnp.array([1.0, 2.0]))
+    np.testing.assert_allclose(state.params, 3.0 - (3.0 * 1 + 3.0 * 2) / 2)
+    assert seen == [()]  # the loss sees one task at a time, with noise of its own
+
+    draws = jax.vmap(lambda key: gather(key, 1.0, 1.0)[1])(jax.random.split(KEY, 2))
+    assert draws[0] != draws[1]
+
+
+def test_optimiser_gets_value_gradient_and_loss_function():
+    """An optimiser that re-evaluates the loss, as a line search does."""
+
+    def update(updates, state, params, *, value, grad, value_fn, **_):
+        np.testing.assert_allclose(value_fn(params), value)
+        better = value_fn(params - 0.5 * grad) < value
+        return jax.tree.map(lambda g: jnp.where(better, -0.5 * g, 0.0), updates), state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    learner = learner_with(lambda params, task: 0.5 * (params - task) ** 2, tx=tx)
+    state, _ = learner.update(KEY, learner.init(KEY), jnp.array([1.0, 1.0]))
+    np.testing.assert_allclose(state.params, 3.0 - 0.5 * 2.0)
+
+
+def test_extra_state_is_left_alone():
+    learner = learner_with(lambda params, task: params * task)
+    before = State(jnp.float32(3.0), learner.init(KEY).opt, extra={"count": jnp.int32(4)})
+    after, _ = learner.update(KEY, before, jnp.ones(2))
+    assert after.extra == {"count": 4}

@@ -1,0 +1,87 @@
+"""Inner rules: step sizes, Optax transformations, per-parameter and learned step sizes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mamljax.inner import adapt
+from mamljax.losses import mse
+from mamljax.maml import maml
+from mamljax.models import mlp
+from mamljax.rules import as_rule, learned_step_sizes
+from mamljax.types import Examples, Task
+
+PARAMS = {"a": jnp.ones(2), "b": jnp.ones(3)}
+
+
+@pytest.mark.parametrize("step_size", [0.0, -0.1, float("nan"), float("inf")])
+def test_step_size_must_be_positive_and_finite(step_size):
+    with pytest.raises(ValueError, match="the inner step size must be positive and finite, got"):
+        as_rule(step_size, PARAMS, differentiable=True)
+    with pytest.raises(ValueError, match="positive and finite"):
+        learned_step_sizes(mlp(1, (2,), 1), step_size)
+
+
+@pytest.mark.parametrize("rule", [optax.adam(0.1), optax.rmsprop(0.1, eps=0.0), optax.adamw(0.1)])
+def test_rules_without_finite_meta_gradients_are_refused(rule):
+    with pytest.raises(ValueError, match=r"no finite derivative where a gradient is zero.*eps_root=1e-8"):
+        as_rule(rule, PARAMS, differentiable=True)
+    assert as_rule(rule, PARAMS, differentiable=False) is rule
+
+
+@pytest.mark.parametrize("rule", [optax.adam(0.1, eps_root=1e-8), optax.sgd(0.1, momentum=0.9), optax.adagrad(0.1)])
+def test_other_rules_pass(rule):
+    assert as_rule(rule, PARAMS, differentiable=True) is rule
+
+
+def test_the_refused_rule_does_make_nan():
+    """The reason for the check: one parameter with a zero gradient is enough."""
+
+    def final(params, rule):
+        return adapt(lambda p, _: (p**2).sum(), params, jnp.zeros(1), rule)[0].sum()
+
+    assert jnp.isnan(jax.grad(final)(jnp.zeros(1), optax.adam(0.1))).all()
+    assert jnp.isfinite(jax.grad(final)(jnp.zeros(1), optax.adam(0.1, eps_root=1e-8))).all()
+
+
+def test_step_sizes_per_parameter():
+    rule = optax.partition({"fast": optax.sgd(0.5), "frozen": optax.set_to_zero()}, {"a": "fast", "b": "frozen"})
+    final, _ = adapt(lambda p, _: p["a"].sum() + p["b"].sum(), PARAMS, jnp.zeros(2), as_rule(rule, PARAMS, differentiable=True))
+    np.testing.assert_allclose(final["a"], 0.0)
+    np.testing.assert_allclose(final["b"], 1.0)
+
+
+def test_learned_step_sizes_begin_as_gradient_descent():
+    model = mlp(1, (8,), 1, kernel_init=jax.nn.initializers.lecun_normal())
+    learning, rule = learned_step_sizes(model, 0.1)
+    params, x = model.init(jax.random.key(0)), jnp.ones((4, 1))
+    data = jnp.zeros((3, 1))
+    plain, _ = adapt(lambda p, _: jnp.mean(model.apply(p, x) ** 2), params, data, optax.sgd(0.1))
+    learned, _ = adapt(lambda p, _: jnp.mean(learning.apply(p, x) ** 2), learning.init(jax.random.key(0)), data, rule)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), plain, learned["theta"])
+    assert all((leaf == 0.1).all() for leaf in jax.tree.leaves(learned["alpha"]))
+
+
+@pytest.mark.parametrize("mode", ["mixed", "reverse"])
+def test_meta_gradient_of_a_learned_step_size(mode):
+    """L = theta'^2 / 2 with theta' = theta - alpha theta: dL/dalpha = -theta' theta."""
+
+    def outer(params):
+        final, _ = adapt(lambda p, _: 0.5 * p["theta"] ** 2, params, jnp.zeros(1), rule, differentiation=mode)
+        return 0.5 * final["theta"] ** 2
+
+    _, rule = learned_step_sizes(mlp(1, (2,), 1), 0.1)
+    gradient = jax.grad(outer)({"theta": jnp.float32(3.0), "alpha": jnp.float32(0.1)})
+    np.testing.assert_allclose(gradient["alpha"], -2.7 * 3.0, rtol=1e-6)
+    np.testing.assert_allclose(gradient["theta"], 2.7 * 0.9, rtol=1e-6)
+
+
+def test_maml_learns_step_sizes():
+    model, rule = learned_step_sizes(mlp(1, (8,), 1, kernel_init=jax.nn.initializers.lecun_normal()), 0.01)
+    learner = maml(model, mse, rule=rule, inner_steps=2, eval_steps=2, tx=optax.adam(1e-2))
+    x = jnp.linspace(-1, 1, 5)[None, :, None]
+    tasks = Task(*[Examples(x, jnp.sin(x))] * 2)
+    state, _ = jax.jit(learner.update)(jax.random.key(0), learner.init(jax.random.key(0)), tasks)
+    assert any((leaf != 0.01).any() for leaf in jax.tree.leaves(state.params["alpha"]))

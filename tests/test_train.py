@@ -1,0 +1,321 @@
+"""Meta-training: exact resumption, seeds, validation, logging, interruption, divergence."""
+
+import json
+import os
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mamljax.checkpoint import CheckpointError
+from mamljax.evaluate import evaluate
+from mamljax.losses import mse
+from mamljax.maml import maml
+from mamljax.models import mlp
+from mamljax.outer import meta_learner
+from mamljax.tasks.sinusoid import sinusoid
+from mamljax.train import DivergenceError, fit, read_metrics
+from mamljax.types import MetaLearner, State
+
+KEY = jax.random.key(0)
+KEYS = jax.vmap(jax.random.key)(jnp.arange(3))
+MODEL = mlp(1, (4,), 1, kernel_init=jax.nn.initializers.lecun_normal())
+LEARNER = maml(MODEL, mse, rule=0.01, inner_steps=1, eval_steps=1, tx=optax.adam(1e-2))
+SAMPLE = sinusoid(shots=3, queries=3)
+
+
+def scalar_learner(loss_fn=lambda params, task: 0.5 * (params - task) ** 2, tx=None):
+    """One parameter, which begins at zero; a task is a number."""
+    return meta_learner(lambda key: jnp.float32(0.0), loss_fn, lambda key, state, task: {}, tx=tx or optax.sgd(0.1))
+
+
+def train(learner=LEARNER, sample=SAMPLE, **arguments):
+    arguments = {"key": KEY, "num_updates": 20, "num_tasks": 2, "log_every": 5, "progress": False} | arguments
+    return fit(learner, sample, **arguments)
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_meta_update_t_draws_its_tasks_from_key_t():
+    """The whole of training against a plain loop: theta <- theta + (mean of the tasks - theta) / 10."""
+    theta = np.float32(0)
+    for t in range(7):
+        sample_key, _ = jax.random.split(jax.random.fold_in(KEY, t))
+        tasks = jax.vmap(jax.random.normal)(jax.random.split(sample_key, 4))
+        theta += np.float32(0.1) * np.mean(tasks - theta)
+    result = train(scalar_learner(), jax.random.normal, num_updates=7, num_tasks=4)
+    np.testing.assert_allclose(result.state.params, theta, rtol=1e-5)
+    assert result.num_updates == 7
+
+
+def test_is_compiled_once_however_it_is_cut():
+    traces = []
+
+    def update(key, state, tasks):
+        traces.append(None)
+        return LEARNER.update(key, state, tasks)
+
+    train(
+        LEARNER._replace(update=update), num_updates=23, log_every=4, validate_fn=lambda state: jnp.float32(0), validate_every=6
+    )
+    # Once for the shapes of the metrics, once for the loop; never again for shorter chunks, a remainder or an updated state.
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize("log_every", [1, 7, 100])
+def test_how_it_is_cut_changes_nothing(log_every):
+    assert_equal(train(log_every=log_every).state, train().state)
+
+
+def test_goes_on_bit_for_bit(tmp_path):
+    straight = train(num_updates=20)
+    for num_updates in (3, 3, 11, 20):
+        result = train(num_updates=num_updates, directory=tmp_path)
+        assert result.num_updates == num_updates
+    assert_equal(result.state, straight.state)
+
+
+def test_goes_on_from_the_checkpoint_before_a_kill(tmp_path):
+    """A kill loses what came after the last checkpoint, its lines in the log included."""
+    train(num_updates=10, directory=tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"update": 15, "loss": 0.0, "seconds": 1.0}\n{"update": 20, "lo')  # cut short by the kill
+    result = train(num_updates=20, directory=tmp_path)
+    assert_equal(result.state, train(num_updates=20).state)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [5, 10, 15, 20]
+    assert lines[2]["loss"] > 0
+
+
+def test_the_log(tmp_path):
+    train(directory=tmp_path, num_updates=12)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [5, 10, 12]
+    assert all(line.keys() == {"update", "loss", "grad_norm", "seconds"} for line in lines)
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    assert lines[0]["seconds"] < lines[-1]["seconds"]
+
+
+def test_logged_loss_is_the_mean_since_the_last_line(tmp_path):
+    learner = meta_learner(
+        lambda key: jnp.float32(0.0), lambda params, task: params, lambda key, state, task: {}, tx=optax.sgd(1.0)
+    )  # the loss falls by one a meta-update
+    train(learner, jax.random.normal, directory=tmp_path, num_updates=7)
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [-2.0, -5.5]
+
+
+def test_several_seeds_are_the_single_ones():
+    together = train(key=KEYS)
+    for i, key in enumerate(KEYS):
+        alone = train(key=key).state
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-6), together.state, alone)
+    assert (together.state.params["Dense_0"]["kernel"][0] != together.state.params["Dense_0"]["kernel"][1]).any()
+
+
+def test_several_seeds_go_on(tmp_path):
+    train(key=KEYS, num_updates=7, directory=tmp_path)
+    assert_equal(train(key=KEYS, directory=tmp_path).state, train(key=KEYS).state)
+
+
+def test_best_state_is_that_of_the_lowest_validation_error(tmp_path):
+    """The parameter counts meta-updates; its validation error is lowest at 12 of 20."""
+    learner = scalar_learner(lambda params, task: -params, optax.sgd(1.0))
+    arguments = {"validate_fn": lambda state: (state.params - 12.0) ** 2, "validate_every": 4, "directory": tmp_path}
+    result = train(learner, jax.random.normal, num_updates=16, **arguments)
+    assert result.best.params == 12
+    result = train(learner, jax.random.normal, **arguments)  # the best one comes along
+    assert (result.best.params, result.state.params) == (12, 20)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert {line["update"]: line["validation_error"] for line in lines if "validation_error" in line} == {
+        4: 64, 8: 16, 12: 0, 16: 16, 20: 64,
+    }  # fmt: skip
+
+
+def test_best_state_of_each_seed():
+    learner = MetaLearner(
+        init=lambda key: State({"goal": 4.0 * jax.random.randint(key, (), 1, 5), "at": jnp.float32(0)}, ()),
+        update=lambda key, state, tasks: (
+            state._replace(params=state.params | {"at": state.params["at"] + 1}),
+            {"loss": tasks[0]},
+        ),
+        evaluate=None,
+    )
+    result = train(
+        learner, jax.random.normal, key=KEYS, validate_fn=lambda s: (s.params["at"] - s.params["goal"]) ** 2, validate_every=4
+    )
+    np.testing.assert_array_equal(result.best.params["at"], result.best.params["goal"])
+    assert len(np.unique(result.best.params["goal"])) > 1
+
+
+def test_without_validation_the_best_state_is_the_last():
+    result = train()
+    assert_equal(result.best, result.state)
+
+
+def test_validation_by_evaluation():
+    def error(state):
+        return evaluate(LEARNER, state, SAMPLE, key=KEY, num_tasks=5)["loss"][:, -1].mean()
+
+    result = train(validate_fn=error, validate_every=10)
+    np.testing.assert_allclose(error(result.best), min(error(train(num_updates=n).state) for n in (10, 20)), rtol=1e-6)
+
+
+def test_time_limit_saves_and_returns(tmp_path):
+    result = train(num_updates=10**9, max_seconds=2.0, directory=tmp_path)
+    assert 0 < result.num_updates < 10**9
+    again = train(num_updates=result.num_updates, directory=tmp_path)  # all of it was saved
+    assert_equal(again.state, result.state)
+    assert again.seconds >= read_metrics(tmp_path / "metrics.jsonl")[-1]["seconds"] > 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_saves_first(tmp_path, number, capfd):
+    timer = threading.Timer(2.5, os.kill, (os.getpid(), number))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after meta-update \d+ of 1000000000; .* keeps the checkpoint of"):
+        train(num_updates=10**9, log_every=50, directory=tmp_path, checkpoint_seconds=1000)
+    assert "Stopping after the updates under way" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    done = read_metrics(tmp_path / "metrics.jsonl")[-1]["update"]
+    result = train(num_updates=done + 3, directory=tmp_path)
+    assert_equal(result.state, train(num_updates=done + 3).state)
+
+
+def diverging(at):
+    """The loss becomes NaN at the meta-update of that number, counted from one."""
+    return scalar_learner(lambda params, task: jnp.where(params >= at - 1, jnp.nan, -params), optax.sgd(1.0))
+
+
+@pytest.mark.parametrize("at", [1, 13])
+def test_divergence_says_when_and_keeps_the_last_good_checkpoint(tmp_path, at):
+    kept = "no checkpoint yet" if at == 1 else "the checkpoint of meta-update 10"
+    with pytest.raises(DivergenceError, match=rf"loss became nan at meta-update {at}; .* keeps {kept}\. Lower the"):
+        train(diverging(at), jax.random.normal, directory=tmp_path, checkpoint_seconds=0)
+    if at > 10:
+        assert train(diverging(at), jax.random.normal, num_updates=10, directory=tmp_path).state.params == 10
+
+
+def test_divergence_of_one_seed_names_it():
+    starts = [float(jax.random.uniform(key)) for key in KEYS]
+    worst = int(np.argmax(starts))
+    learner = meta_learner(
+        jax.random.uniform,
+        lambda params, task: jnp.where(params >= max(starts), jnp.nan, params**2),
+        lambda key, state, task: {},
+        tx=optax.sgd(0.0),
+    )
+    with pytest.raises(DivergenceError, match=rf"loss of seed number {worst} became nan at meta-update 1\. Lower"):
+        train(learner, jax.random.normal, key=KEYS)
+
+
+def test_an_infinite_meta_gradient_is_divergence():
+    with pytest.raises(DivergenceError, match="grad_norm became inf at meta-update 1"):
+        train(scalar_learner(lambda params, task: jnp.sqrt(params)), jax.random.normal)
+
+
+def test_another_configuration_is_refused(tmp_path):
+    train(directory=tmp_path, config={"inner_lr": 0.1})
+    with pytest.raises(CheckpointError, match="another configuration: it has {'inner_lr': 0.1}, this one {'inner_lr': 0.2}"):
+        train(directory=tmp_path, config={"inner_lr": 0.2})
+    with pytest.raises(CheckpointError, match="another configuration: it has {'num_tasks': 2}, this one {'num_tasks': 3}"):
+        train(directory=tmp_path, config={"inner_lr": 0.1}, num_tasks=3)
+
+
+def test_a_longer_run_is_not_cut(tmp_path):
+    train(directory=tmp_path, num_updates=20)
+    with pytest.raises(CheckpointError, match="holds 20 meta-updates, more than the 10 asked for. Choose another directory"):
+        train(directory=tmp_path, num_updates=10)
+
+
+def test_no_updates_give_the_first_state():
+    assert_equal(train(num_updates=0).state, LEARNER.init(KEY))
+
+
+def test_weak_types_do_not_recompile():
+    traces = []
+    learner = scalar_learner()
+
+    def update(key, state, tasks):
+        traces.append(None)
+        return learner.update(key, state, tasks)
+
+    train(
+        learner._replace(init=lambda key: State(jnp.asarray(0.0), optax.sgd(0.1).init(0.0)), update=update), jax.random.normal
+    )
+    assert len(traces) == 2
+
+
+def test_tensorboard_events(tmp_path):
+    pytest.importorskip("tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    train(directory=tmp_path, tensorboard=True)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content, values = file.read_bytes(), {}
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        event = Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
+        values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    logged = {("loss", line["update"]): line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")}
+    assert logged
+    for key, value in logged.items():
+        np.testing.assert_allclose(values[key], value, rtol=1e-6)
+
+
+def test_tensorboard_needs_a_directory():
+    with pytest.raises(ValueError, match="TensorBoard event files need a directory"):
+        train(tensorboard=True)
+
+
+@pytest.mark.parametrize("name", ["num_tasks", "log_every", "validate_every"])
+def test_counts_are_positive(name):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
+        train(**{name: 0})
+
+
+def test_metrics_are_scalars():
+    learner = LEARNER._replace(update=lambda key, state, tasks: (state, {"loss": jnp.zeros(3)}))
+    with pytest.raises(ValueError, match=r"must be scalars, got loss of shape \(3,\)"):
+        train(learner)
+
+
+@pytest.mark.parametrize("key", [jax.random.split(KEY, 4).reshape(2, 2), jnp.zeros(2, jnp.uint32)])
+def test_key_is_one_key_or_a_vector_of_them(key):
+    with pytest.raises(ValueError, match=r"key must be jax.random.key\(seed\) or a vector of such keys"):
+        train(key=key)
+
+
+def test_progress_line(capfd):
+    train(progress=True, label="maml")
+    err = capfd.readouterr().err
+    assert "maml: 100%" in err
+    assert "loss=" in err
+    assert "update/s" in err
+
+
+def test_files_are_json_lines(tmp_path):
+    train(directory=tmp_path)
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line)
+
+
+@pytest.mark.slow
+def test_maml_learns_to_adapt():
+    """2,000 meta-updates on sinusoids: one step helps much, ten steps more; the untrained network gains less."""
+    model = mlp(1, (40, 40), 1, kernel_init=jax.nn.initializers.lecun_normal())
+    learner = maml(model, mse, rule=0.001, inner_steps=1, eval_steps=10, tx=optax.adam(1e-3))
+    sample = sinusoid(shots=10, queries=10)
+    state = train(learner, sample, num_updates=2000, num_tasks=25, log_every=500).state
+    before, after = (
+        evaluate(learner, s, sample, key=jax.random.key(1), num_tasks=300)["loss"].mean(0) for s in (learner.init(KEY), state)
+    )
+    assert after[1] < 0.7 * after[0]
+    assert after[10] < 0.8 * after[1]
+    assert after[1] < 0.6 * before[10]
