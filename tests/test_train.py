@@ -118,6 +118,11 @@ def test_several_seeds_are_the_single_ones():
     assert (together.state.params["Dense_0"]["kernel"][0] != together.state.params["Dense_0"]["kernel"][1]).any()
 
 
+def test_a_lone_seed_of_several_has_an_axis_too():
+    alone = train().state
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[None]), train(key=KEYS[:1]).state, alone)
+
+
 def test_several_seeds_go_on(tmp_path):
     train(key=KEYS, num_updates=7, directory=tmp_path)
     assert_equal(train(key=KEYS, directory=tmp_path).state, train(key=KEYS).state)
