@@ -6,6 +6,7 @@ its methods through a `Run`.
 
 import dataclasses
 import itertools
+import math
 import os
 import sys
 import time
@@ -69,12 +70,7 @@ class Run:
             ValueError: an option is out of range.
             CheckpointError: the directory holds another run, or cannot be written.
         """
-        for name in ("steps", "num_tasks", "seeds", "eval_tasks", "log_every", "validate_every"):
-            check_count("--" + name.replace("_", "-"), getattr(options, name))
-        check_count("--seed", options.seed, minimum=0)
-        for name in ("max_minutes", "checkpoint_seconds"):
-            if not getattr(options, name) > 0:
-                raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}.")
+        _check_ranges(options)
         self.experiment, self.options, self.results = experiment, options, {}
         self.config = {
             key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(options).items()
@@ -119,6 +115,19 @@ class Run:
                 done = f"{result.num_updates:,} of {self.options.steps:,} meta-updates"
                 print(f"{method}: time ran out after {done}. The same command goes on from there.")
         return results
+
+
+def _check_ranges(options: Options) -> None:
+    """Every count is at least one and every size positive; none of the options means anything else."""
+    for name, value in vars(options).items():
+        flag = "--" + name.replace("_", "-")
+        for item in value if isinstance(value, tuple) else (value,):
+            if isinstance(item, float) and not (item > 0 and (math.isfinite(item) or name == "max_minutes")):
+                raise ValueError(f"{flag} must be positive and finite, got {item}.")
+            if isinstance(item, int) and not isinstance(item, bool):
+                check_count(flag, item, minimum=0 if name == "seed" else 1)
+        if value == ():
+            raise ValueError(f"{flag} must have at least one value.")
 
 
 def main(

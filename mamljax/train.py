@@ -112,7 +112,8 @@ def fit(
         raise CheckpointError(
             f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
         )
-    bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, dynamic_ncols=True)
+    seldom = 0.2 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
+    bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, mininterval=seldom)
     started = time.monotonic()
     with keeper, bar, _interruptions() as interrupted:
         while done < num_updates and not interrupted.is_set() and time.monotonic() - started < max_seconds:
@@ -126,8 +127,9 @@ def fit(
             if validate and stop % validate_every == 0:
                 now, error = validate(now)
                 line["validation_error"] = float(error.mean())
+            shown = {name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}
+            bar.set_postfix(shown, refresh=False)
             bar.update(stop - done)
-            bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"})
             done = stop
             keeper.log(done, line)
             if time.monotonic() - keeper.saved_at > checkpoint_seconds:

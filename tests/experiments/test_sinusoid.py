@@ -1,0 +1,248 @@
+"""The sinusoid experiment as a user runs it, at tiny size."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runner
+import sinusoid
+
+from mamljax import report
+from mamljax.checkpoint import Checkpoints
+from mamljax.train import read_metrics
+
+SCRIPT = Path(__file__).parents[2] / "experiments" / "sinusoid.py"
+COUNTS = ["steps", "seeds", "num-tasks", "shots", "queries", "inner-steps", "eval-shots", "eval-steps", "hidden-sizes"]
+TINY = [
+    "--steps",
+    "20",
+    "--num-tasks",
+    "2",
+    "--hidden-sizes",
+    "4",
+    "--eval-tasks",
+    "4",
+    "--eval-queries",
+    "3",
+    "--eval-steps",
+    "2",
+    "--eval-shots",
+    "5",
+    "--tuning-lrs",
+    "0.001",
+    "0.01",
+    "--log-every",
+    "10",
+    "--validate-every",
+    "10",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compilation_cache(tmp_path_factory):
+    """One cache for all runs of this file, and none of the user's."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def main(*argv):
+    return runner.main("sinusoid", sinusoid.PRESETS, sinusoid.execute, [*TINY, *map(str, argv)])
+
+
+def results_of(out):
+    """The results file without its times and place."""
+    results = json.loads((out / "results.json").read_text())
+    del results["seconds"], results["config"]["out"]
+    return results
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    assert main("--out", out) == 0
+    return out
+
+
+def test_writes_what_it_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {"checkpoints", "config.json", "fits.png", "learning_curves.png", "report.md", "results.json"}
+    results = report.read_results(finished / "results.json")
+    assert results["experiment"] == "sinusoid"
+    rows = {(row.method, row.step): row for row in results["rows"]}
+    adapting = ("maml", "fomaml", "pretrained", "random")
+    assert rows.keys() == {(method, step) for method in adapting for step in range(3)} | {("oracle", 0)}
+    assert rows["maml", 1].published == 0.67
+    assert rows["pretrained", 1].published == 2.41
+    assert rows["random", 1].note in ("step size 0.001", "step size 0.01")
+    assert {row.meta_updates for row in results["rows"]} == {0, 20}
+    assert all(np.isfinite(row.mean) and row.tasks == 4 and row.seeds == 1 for row in results["rows"])
+    for name in ("fits.png", "learning_curves.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    assert [line["update"] for line in read_metrics(finished / "checkpoints" / "maml" / "metrics.jsonl")] == [10, 20]
+
+
+def test_first_order_learns_something_else_than_maml(finished):
+    rows = {(row.method, row.step): row.mean for row in report.read_results(finished / "results.json")["rows"]}
+    assert rows["maml", 0] != rows["fomaml", 0]
+
+
+def test_same_seed_same_results_another_seed_others(finished, tmp_path):
+    assert main("--out", tmp_path / "same") == 0
+    assert results_of(tmp_path / "same") == results_of(finished)
+    assert main("--out", tmp_path / "other", "--seed", 1) == 0
+    other = results_of(tmp_path / "other")
+    assert other["config"]["seed"] == 1
+    assert [row["mean"] for row in other["rows"]] != [row["mean"] for row in results_of(finished)["rows"]]
+
+
+def test_the_same_command_again_trains_nothing_more(finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("checkpoints/*/steps/*")}
+    results = results_of(finished)
+    assert main("--out", finished) == 0
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("checkpoints/*/steps/*")} == before
+    assert results_of(finished) == results
+
+
+def test_several_seeds(tmp_path):
+    assert main("--out", tmp_path, "--seeds", 3, "--method", "maml", "oracle") == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert {row.method for row in rows} == {"maml", "oracle"}
+    assert all(row.seeds == 3 and row.ci95 > 0 for row in rows)
+
+
+def test_protocols_differ_in_how_weights_begin(tmp_path):
+    assert main("--out", tmp_path, "--protocol", "paper", "--method", "random") == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert {row.protocol for row in rows} == {"paper"}
+    # Outputs of weights of 0.01 are next to nothing, so the first error is E[y^2] = E[A^2] / 2 = 4.2 +- 2 on 12 points.
+    assert 0 < rows[0].mean < 13
+
+
+def test_time_limit_reports_what_there_is(tmp_path, capsys):
+    assert main("--out", tmp_path, "--method", "maml", "fomaml", "--steps", 10**8, "--max-minutes", 0.05) == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert {row.method for row in rows} == {"maml"}
+    assert 0 < rows[0].meta_updates < 10**8
+    output = capsys.readouterr().out
+    assert f"maml: time ran out after {rows[0].meta_updates:,} of 100,000,000 meta-updates" in output
+    assert "fomaml: time ran out after 0 of 100,000,000 meta-updates" in output
+
+
+def test_preset():
+    assert runner.parse(sinusoid.PRESETS, []) == sinusoid.PRESETS["paper"]
+    assert runner.parse(sinusoid.PRESETS, ["--preset", "quick"]) == sinusoid.PRESETS["quick"]
+    assert runner.parse(sinusoid.PRESETS, ["--preset=quick", "--steps", "7"]).steps == 7
+    paper = sinusoid.PRESETS["paper"]
+    settings = (paper.steps, paper.num_tasks, paper.shots, paper.queries, paper.inner_steps, paper.meta_lr, paper.hidden_sizes)
+    assert settings == (70_000, 25, 10, 10, 1, 1e-3, (40, 40))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "protonet"], "protonet"),
+        (["--preset", "best"], "best"),
+        (["--inner-rate", "0.1"], "--inner-rate"),
+        (["--steps", "many"], "many"),
+    ],
+)
+def test_malformed_command_line(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        main("--out", tmp_path / "run", *arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts_are_positive(tmp_path, capsys, name):
+    assert main("--out", tmp_path / "run", f"--{name}", 0) == 2
+    assert f"error: --{name} must be a whole number of at least 1, got 0." in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["inner-lr", "meta-lr", "tuning-lrs", "max-minutes"])
+@pytest.mark.parametrize("value", ["-0.1", "nan"])
+def test_sizes_are_positive(tmp_path, capsys, name, value):
+    assert main("--out", tmp_path / "run", f"--{name}", value) == 2
+    assert f"error: --{name} must be positive" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configurations_directory(finished, capsys):
+    results = results_of(finished)
+    assert main("--out", finished, "--inner-lr", 0.02) == 2
+    error = capsys.readouterr().err
+    assert "holds a run of another configuration: it has {'inner_lr': 0.001}, this one {'inner_lr': 0.02}" in error
+    assert results_of(finished) == results
+
+
+def test_a_directory_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main("--out", tmp_path / "file" / "run") == 2
+    assert "error: cannot write to" in capsys.readouterr().err
+
+
+def test_divergence(tmp_path, capsys):
+    assert main("--out", tmp_path, "--inner-lr", 1e30, "--method", "maml") == 2
+    assert "at meta-update" in capsys.readouterr().err
+    assert not (tmp_path / "results.json").exists()
+
+
+def parameters(out, method="maml"):
+    """All that the newest checkpoint holds, as bytes."""
+    (newest, *_) = sorted((out / "checkpoints" / method / "steps").iterdir(), key=lambda path: -int(path.name))
+    manager = Checkpoints(
+        out / "checkpoints" / method, json.loads((out / "checkpoints" / method / "config.json").read_text())
+    )._manager
+    tree = manager.restore(int(newest.name))["tree"]
+    return int(newest.name), [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
+    arguments = [*TINY, "--method", "maml", "--steps", "40000", "--log-every", "500"]
+    arguments += ["--validate-every", "10000", "--checkpoint-seconds", "0.1"]
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+    def start(out):
+        command = [sys.executable, SCRIPT, *arguments, "--out", out]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=(tmp_path / "stderr").open("w"))
+
+    assert start(tmp_path / "straight").wait() == 0
+    generator = random.Random(0)
+    log = tmp_path / "killed" / "checkpoints" / "maml" / "metrics.jsonl"
+    for earliest in (1_000, 12_000, 25_000):
+        process = start(tmp_path / "killed")
+        while process.poll() is None and not any(line["update"] >= earliest for line in read_metrics(log)):
+            time.sleep(0.01)
+        time.sleep(generator.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    process = start(tmp_path / "killed")
+    assert process.wait() == 0, (tmp_path / "stderr").read_text()
+    assert parameters(tmp_path / "killed") == parameters(tmp_path / "straight")
+    assert results_of(tmp_path / "killed") == results_of(tmp_path / "straight")
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as stop:
+        runner.parse(sinusoid.PRESETS, ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for field in sinusoid.Options.__dataclass_fields__:
+        assert f"--{field.replace('_', '-')}" in text
+    assert text.count("(default:") >= len(sinusoid.Options.__dataclass_fields__)
