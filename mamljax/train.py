@@ -103,7 +103,7 @@ def fit(
         raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
     over_seeds = functools.partial(_over_seeds, key.shape)
     now = jax.jit(over_seeds(lambda key: _start(learner, key)))(key)
-    run = jax.jit(over_seeds(_run(learner, sample, num_tasks, log_every), (0, 0, None, None)), donate_argnums=0)
+    run = jax.jit(over_seeds(meta_updates(learner, sample, num_tasks, log_every), (0, 0, None, None)), donate_argnums=0)
     validate = validate_fn and jax.jit(over_seeds(lambda progress: _validate(validate_fn, progress)))
 
     keeper = _Keeper(directory, {"num_tasks": num_tasks, **config}, tensorboard=tensorboard)
@@ -160,8 +160,11 @@ def _start(learner: MetaLearner, key: Array) -> Progress:
     return Progress(state, state, jnp.float32(jnp.inf))
 
 
-def _run(learner: MetaLearner, sample: Callable[[Array], PyTree], num_tasks: int, length: int) -> Callable:
-    """Meta-updates `start` to `stop`, at most `length`, as one loop: one compilation serves every call."""
+def meta_updates(learner: MetaLearner, sample: Callable[[Array], PyTree], num_tasks: int, length: int) -> Callable:
+    """Build a loop of meta-updates: (state, key, start, stop) -> (state, metrics [length]), to be compiled.
+
+    It runs updates `start` to `stop`, at most `length` of them; as both are arguments, one compilation serves every call.
+    """
 
     def update(t: Array, state: State, key: Array) -> tuple[State, Metrics]:
         sample_key, update_key = jax.random.split(jax.random.fold_in(key, t))

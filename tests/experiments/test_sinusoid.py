@@ -11,12 +11,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import runner
 import sinusoid
 
 from mamljax import report
-from mamljax.checkpoint import Checkpoints
 from mamljax.train import read_metrics
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "sinusoid.py"
@@ -202,10 +202,8 @@ def test_divergence(tmp_path, capsys):
 def parameters(out, method="maml"):
     """All that the newest checkpoint holds, as bytes."""
     (newest, *_) = sorted((out / "checkpoints" / method / "steps").iterdir(), key=lambda path: -int(path.name))
-    manager = Checkpoints(
-        out / "checkpoints" / method, json.loads((out / "checkpoints" / method / "config.json").read_text())
-    )._manager
-    tree = manager.restore(int(newest.name))["tree"]
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(newest.resolve() / "tree")
     return int(newest.name), [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
@@ -220,7 +218,8 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
 
     def start(out):
         command = [sys.executable, SCRIPT, *arguments, "--out", out]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=(tmp_path / "stderr").open("w"))
+        with (tmp_path / "stderr").open("a") as stderr:
+            return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=stderr)
 
     assert start(tmp_path / "straight").wait() == 0
     generator = random.Random(0)

@@ -1,0 +1,130 @@
+"""What does the library cost? Its meta-update against the same one written out by hand in plain JAX.
+
+`python benchmarks/overhead.py` times second-order MAML on sinusoids (meta-batch 25, 10 + 10 points, one inner step, the paper's
+network): drawing the tasks, meta-gradient and Adam, 1,000 meta-updates in one compiled call, taking turns.
+"""
+
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+import tyro
+from jax import Array, lax
+
+from mamljax import report
+from mamljax.checks import check_count
+from mamljax.files import write_atomically
+from mamljax.losses import mse
+from mamljax.maml import maml
+from mamljax.models import mlp
+from mamljax.tasks.sinusoid import sinusoid
+from mamljax.train import meta_updates
+from mamljax.types import MetaLearner, PyTree
+
+NUM_TASKS, SHOTS, INNER_LR = 25, 10, 0.001
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The library's meta-update against one written by hand."""
+
+    updates: int = 1_000
+    """Meta-updates per measurement."""
+    repeats: int = 11
+    """Measurements, of which the median counts; all take turns."""
+    out: Path = Path("out/overhead")
+    """Directory for results.json and report.md."""
+
+
+def by_hand(params: PyTree, updates: int) -> Callable[[], Array]:
+    """MAML in plain JAX and Optax, as one would write it for this problem alone; returns what runs it."""
+    tx = optax.adam(1e-3)
+
+    def network(params: PyTree, x: Array) -> Array:
+        *hidden, last = params.values()
+        for layer in hidden:
+            x = jax.nn.relu(x @ layer["kernel"] + layer["bias"][None])
+        return x @ last["kernel"] + last["bias"][None]
+
+    def loss(params: PyTree, x: Array, y: Array) -> Array:
+        return jnp.mean((network(params, x) - y) ** 2)
+
+    def sample(key: Array) -> tuple[Array, Array]:
+        keys = jax.random.split(key, 3)
+        amplitude = jax.random.uniform(keys[0], minval=0.1, maxval=5.0)
+        phase = jax.random.uniform(keys[1], maxval=jnp.pi)
+        x = jax.random.uniform(keys[2], (2 * SHOTS, 1), minval=-5.0, maxval=5.0)
+        return x, amplitude * jnp.sin(x - phase)
+
+    def task_loss(params: PyTree, x: Array, y: Array) -> Array:
+        gradient = jax.grad(loss)(params, x[:SHOTS], y[:SHOTS])
+        adapted = jax.tree.map(lambda leaf, slope: leaf - INNER_LR * slope, params, gradient)
+        return loss(adapted, x[SHOTS:], y[SHOTS:])
+
+    def update(carry: tuple, t: Array) -> tuple[tuple, Array]:
+        params, opt = carry
+        x, y = jax.vmap(sample)(jax.random.split(jax.random.fold_in(jax.random.key(0), t), NUM_TASKS))
+        value, gradient = jax.value_and_grad(lambda params: jax.vmap(task_loss, (None, 0, 0))(params, x, y).mean())(params)
+        step, opt = tx.update(gradient, opt, params)
+        return (optax.apply_updates(params, step), opt), value
+
+    run = jax.jit(lambda carry: lax.scan(update, carry, jnp.arange(updates)))
+    return lambda: run((params, tx.init(params)))[1]
+
+
+def by_library(learner: MetaLearner, updates: int) -> Callable[[], Array]:
+    """The same with the library, compiled as `fit` compiles it; returns what runs it."""
+    run = jax.jit(meta_updates(learner, sinusoid(shots=SHOTS, queries=SHOTS), NUM_TASKS, updates))
+    key = jax.random.key(0)
+    state = learner.init(key)
+    return lambda: run(state, key, 0, updates)[1]["loss"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, write results.json and report.md, print the table; returns 2 if an option is out of range."""
+    options = tyro.cli(Options, args=argv)
+    try:
+        check_count("--updates", options.updates)
+        check_count("--repeats", options.repeats)
+        options.out.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    model = mlp(1, (40, 40), 1, kernel_init=jax.nn.initializers.lecun_normal())
+    settings = {"rule": INNER_LR, "inner_steps": 1, "eval_steps": 1, "tx": optax.adam(1e-3)}
+    learners = {mode: maml(model, mse, differentiation=mode, **settings) for mode in ("reverse", "mixed", "first_order")}
+    runs = {"written by hand, second order": by_hand(model.init(jax.random.key(0)), options.updates)}
+    runs |= {f"mamljax, {mode}": by_library(learner, options.updates) for mode, learner in learners.items()}
+    times = {name: [] for name in runs}
+    for run in runs.values():  # compile
+        jax.block_until_ready(run())
+    for _ in range(options.repeats):
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(1e3 * (time.perf_counter() - begin) / options.updates)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    rows = []
+    for name, median in medians.items():
+        shared = {"method": name, "setting": "sinusoid, 1 inner step", "step": 1, "ci95": float("nan"), "tasks": NUM_TASKS}
+        shared |= {"protocol": f"median of {options.repeats}", "seeds": 0, "meta_updates": 0}
+        rows.append(report.Row(metric="milliseconds per meta-update", mean=median, **shared))
+        rows.append(report.Row(metric="relative to by hand", mean=median / next(iter(medians.values())), **shared))
+    path = options.out / "results.json"
+    config = dataclasses.asdict(options) | {"out": str(options.out)}
+    report.write_results(path, experiment="overhead", config=config, rows=rows, seconds=time.monotonic() - started)
+    text = report.markdown(report.read_results(path))
+    write_atomically(options.out / "report.md", text)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
