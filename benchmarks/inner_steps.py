@@ -114,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     report.write_results(path, experiment="inner_steps", config=config, rows=rows, seconds=time.monotonic() - started)
     results = report.read_results(path)
     write_atomically(options.out / "report.md", report.markdown(results))
-    report.learning_curves(results, options.out / "inner_steps.png", log_scale=True)
+    report.learning_curves(results, options.out / "inner_steps.png")
     print(report.markdown(results))
     return 0
 

@@ -107,7 +107,7 @@ def execute(options: Options, run: runner.Run) -> None:
                 note=f"step size {lr:g}" if method in TUNED else "",
             )
     results = run.write(rows)
-    report.learning_curves(results, options.out / "learning_curves.png", log_scale=True)
+    report.learning_curves(results, options.out / "learning_curves.png")
     draw_fits(options, fits, options.out / "fits.png")
 
 

@@ -142,13 +142,14 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def learning_curves(results: Mapping[str, Any], path: Path, *, log_scale: bool = False) -> None:
+def learning_curves(results: Mapping[str, Any], path: Path) -> None:
     """Draw each metric against adaptation steps, a panel for each setting, with bands of 95 % confidence.
+
+    The vertical axis is logarithmic where positive values span more than two orders of magnitude.
 
     Args:
         results: as `read_results` returns them; nothing is drawn if they have no rows.
         path: where to write the figure.
-        log_scale: whether the vertical axis is logarithmic.
     """
     from matplotlib.figure import Figure
 
@@ -159,12 +160,14 @@ def learning_curves(results: Mapping[str, Any], path: Path, *, log_scale: bool =
         return
     figure = Figure(figsize=(1 + 4 * len(panels), 4), layout="constrained")
     share = len({metric for _, metric in panels}) == 1
+    means = [row.mean for row in rows if row.mean is not None]
+    scale = "log" if means and 0 < 100 * min(means) < max(means) else "linear"
     for axes, panel in zip(figure.subplots(1, len(panels), sharey=share, squeeze=False)[0], panels, strict=True):
         for colour, method in enumerate(methods):
             _draw_curve(
                 axes, [row for row in rows if (row.setting, row.metric) == panel and row.method == method], f"C{colour}"
             )
-        axes.set(title=panel[0], xlabel="adaptation steps", ylabel=panel[1], yscale="log" if log_scale else "linear")
+        axes.set(title=panel[0], xlabel="adaptation steps", ylabel=panel[1], yscale=scale)
         axes.label_outer()
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))

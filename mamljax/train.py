@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import signal
 import sys
 import threading
@@ -17,9 +16,9 @@ import numpy as np
 from jax import Array, lax
 from tqdm import tqdm
 
-from mamljax.checkpoint import CheckpointError, Checkpoints
+from mamljax.checkpoint import CheckpointError
 from mamljax.checks import check_count
-from mamljax.files import write_atomically
+from mamljax.record import Record
 from mamljax.types import MetaLearner, Metrics, PyTree, State
 
 
@@ -97,17 +96,17 @@ def fit(
     check_count("num_updates", num_updates, minimum=0)
     for name, count in (("num_tasks", num_tasks), ("log_every", log_every), ("validate_every", validate_every)):
         check_count(name, count)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1:
-        raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {key.dtype}{list(key.shape)}.")
     if tensorboard and directory is None:
         raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
+    _check_key(key)
     over_seeds = functools.partial(_over_seeds, key.shape)
     now = jax.jit(over_seeds(lambda key: _start(learner, key)))(key)
     run = jax.jit(over_seeds(meta_updates(learner, sample, num_tasks, log_every), (0, 0, None, None)), donate_argnums=0)
     validate = validate_fn and jax.jit(over_seeds(lambda progress: _validate(validate_fn, progress)))
 
-    keeper = _Keeper(directory, {"num_tasks": num_tasks, **config}, tensorboard=tensorboard)
-    done, now = keeper.restore(now)
+    decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
+    record = Record(directory, decisive, tensorboard=tensorboard)
+    done, now = record.restore(now)
     if done > num_updates:
         raise CheckpointError(
             f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
@@ -115,13 +114,14 @@ def fit(
     seldom = 0.2 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
     bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, mininterval=seldom)
     started = time.monotonic()
-    with keeper, bar, _interruptions() as interrupted:
+    with record, bar, _interruptions() as interrupted:
         while done < num_updates and not interrupted.is_set() and time.monotonic() - started < max_seconds:
             every = [log_every] + [validate_every] * (validate_fn is not None)
             stop = min(num_updates, *(done + n - done % n for n in every))
             state, metrics = run(now.state, key, done, stop)
             metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
-            _check_finite(metrics, done, keeper.where)
+            _check_finite(metrics, done, record.where)
+            _check_params(state, stop, record.where)
             now = now._replace(state=state)
             line = {name: float(values.mean()) for name, values in metrics.items()}
             if validate and stop % validate_every == 0:
@@ -131,13 +131,25 @@ def fit(
             bar.set_postfix(shown, refresh=False)
             bar.update(stop - done)
             done = stop
-            keeper.log(done, line)
-            if time.monotonic() - keeper.saved_at > checkpoint_seconds:
-                keeper.save(done, now)
-        keeper.save(done, now)
+            record.log(done, line)
+            if time.monotonic() - record.saved_at > checkpoint_seconds:
+                record.save(done, now)
+        record.save(done, now)
     if interrupted.is_set():
-        raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{keeper.where}")
-    return Result(now.state, now.best if validate_fn else now.state, done, keeper.seconds)
+        raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where}")
+    return Result(now.state, now.best if validate_fn else now.state, done, record.seconds)
+
+
+def _check_key(key: Array) -> None:
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1:
+        raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {key.dtype}{list(key.shape)}.")
+
+
+def _check_params(state: State, done: int, where: str) -> None:
+    for path, leaf in jax.tree.leaves_with_path(state.params):
+        if not jnp.isfinite(leaf).all():
+            name = "params" + jax.tree_util.keystr(path)
+            raise DivergenceError(f"{name} is no longer finite after meta-update {done}{where}. Lower the outer step size.")
 
 
 def _over_seeds(shape: tuple[int, ...], fn: Callable, in_axes: int | tuple = 0) -> Callable:
@@ -230,80 +242,3 @@ def _interruptions() -> Iterator[threading.Event]:
         yield event
     finally:
         restore_handlers()
-
-
-class _Keeper:
-    """The files of one run: checkpoints, `metrics.jsonl`, TensorBoard events. Does nothing without a directory."""
-
-    def __init__(self, directory: str | Path | None, config: dict[str, Any], *, tensorboard: bool) -> None:
-        self.directory = None if directory is None else Path(directory)
-        self.checkpoints = None if directory is None else Checkpoints(directory, config)
-        self.tensorboard = tensorboard
-        self.saved_update = None
-        self.saved_at = self.opened_at = time.monotonic()
-        self.seconds_before = 0.0
-        self.log_file = self.writer = None
-
-    def restore(self, like: PyTree) -> tuple[int, PyTree]:
-        """The newest checkpoint, or update 0 and `like`; takes back what was logged after it."""
-        self.saved_update, tree = (self.checkpoints and self.checkpoints.restore(like)) or (None, like)
-        return self.saved_update or 0, tree
-
-    def __enter__(self) -> "_Keeper":
-        if self.directory is None:
-            return self
-        path = self.directory / "metrics.jsonl"
-        lines = [line for line in read_metrics(path) if line["update"] <= (self.saved_update or 0)]
-        self.seconds_before = lines[-1]["seconds"] if lines else 0.0
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self.log_file = path.open("a", buffering=1)
-        if self.tensorboard:
-            self.writer = _summary_writer(self.directory / "tensorboard", purge_step=(self.saved_update or 0) + 1)
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for file in (self.log_file, self.writer):
-            if file is not None:
-                file.close()
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in training, over all sessions of the run."""
-        return self.seconds_before + time.monotonic() - self.opened_at
-
-    @property
-    def where(self) -> str:
-        """What is kept, to end a message with."""
-        if self.directory is None:
-            return ""
-        kept = "no checkpoint yet" if self.saved_update is None else f"the checkpoint of meta-update {self.saved_update}"
-        return f"; {self.directory} keeps {kept}"
-
-    def log(self, update: int, line: dict[str, float]) -> None:
-        if self.directory is None:
-            return
-        self.log_file.write(json.dumps({"update": update, **line, "seconds": round(self.seconds, 3)}) + "\n")
-        if self.writer:
-            for name, value in line.items():
-                self.writer.add_scalar(name, value, update)
-
-    def save(self, update: int, progress: Progress) -> None:
-        if self.directory is not None and update != self.saved_update:
-            self.checkpoints.save(update, progress)
-            self.saved_update, self.saved_at = update, time.monotonic()
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the lines of a `metrics.jsonl`; the last one may have been cut short by a kill and is then left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
-def _summary_writer(directory: Path, *, purge_step: int) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise ValueError('TensorBoard event files need tensorboardX. Install it: pip install "mamljax[experiments]"') from error
-    return SummaryWriter(str(directory), purge_step=purge_step)

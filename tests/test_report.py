@@ -79,7 +79,7 @@ def test_a_benchmark_trains_nothing():
 
 
 def test_figure(path, tmp_path):
-    learning_curves(read_results(path), tmp_path / "curves.png", log_scale=True)
+    learning_curves(read_results(path), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -17,8 +17,9 @@ from mamljax.losses import mse
 from mamljax.maml import maml
 from mamljax.models import mlp
 from mamljax.outer import meta_learner
+from mamljax.record import read_metrics
 from mamljax.tasks.sinusoid import sinusoid
-from mamljax.train import DivergenceError, fit, read_metrics
+from mamljax.train import DivergenceError, fit
 from mamljax.types import MetaLearner, State
 
 KEY = jax.random.key(0)
@@ -181,12 +182,13 @@ def test_time_limit_saves_and_returns(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interruption_saves_first(tmp_path, number, capfd):
+    handler = signal.getsignal(signal.SIGINT)
     timer = threading.Timer(2.5, os.kill, (os.getpid(), number))
     timer.start()
     with pytest.raises(KeyboardInterrupt, match=r"stopped after meta-update \d+ of 1000000000; .* keeps the checkpoint of"):
         train(num_updates=10**9, log_every=50, directory=tmp_path, checkpoint_seconds=1000)
     assert "Stopping after the updates under way" in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
     done = read_metrics(tmp_path / "metrics.jsonl")[-1]["update"]
     result = train(num_updates=done + 3, directory=tmp_path)
     assert_equal(result.state, train(num_updates=done + 3).state)
@@ -222,6 +224,20 @@ def test_divergence_of_one_seed_names_it():
 def test_an_infinite_meta_gradient_is_divergence():
     with pytest.raises(DivergenceError, match="grad_norm became inf at meta-update 1"):
         train(scalar_learner(lambda params, task: jnp.sqrt(params)), jax.random.normal)
+
+
+def test_parameters_that_overflow_are_not_saved(tmp_path):
+    """The gradient of -params is finite whatever the parameters are."""
+    learner = scalar_learner(lambda params, task: -params * 0.5, optax.sgd(3e38))
+    learner = learner._replace(update=lambda *args, update=learner.update: (update(*args)[0], {"loss": jnp.float32(0)}))
+    with pytest.raises(DivergenceError, match=r"params is no longer finite after meta-update 5; .* keeps no checkpoint yet"):
+        train(learner, jax.random.normal, directory=tmp_path, num_updates=5)
+
+
+def test_another_seed_is_refused(tmp_path):
+    train(directory=tmp_path)
+    with pytest.raises(CheckpointError, match=r"another configuration: it has {'key': \[0, 0\]}, this one {'key': \[0, 1\]}"):
+        train(directory=tmp_path, key=jax.random.key(1))
 
 
 def test_another_configuration_is_refused(tmp_path):

@@ -17,7 +17,7 @@ import runner
 import sinusoid
 
 from mamljax import report
-from mamljax.train import read_metrics
+from mamljax.record import read_metrics
 
 SCRIPT = Path(__file__).parents[2] / "experiments" / "sinusoid.py"
 COUNTS = ["steps", "seeds", "num-tasks", "shots", "queries", "inner-steps", "eval-shots", "eval-steps", "hidden-sizes"]
