@@ -81,9 +81,9 @@ def measure(options: Options, shots: int, steps: int) -> list[report.Row]:
     rows = []
     for mode in MODES:
         figures = {
-            "milliseconds": (medians[mode], f"median of {options.repeats}, {options.num_tasks} tasks"),
+            "milliseconds per meta-gradient": (medians[mode], f"median of {options.repeats}, {options.num_tasks} tasks"),
             "time relative to first order": (medians[mode] / medians["first_order"], "ratio of medians"),
-            "MB of temporaries": (megabytes[mode], "as the compiler planned"),
+            "MB of temporary memory": (megabytes[mode], "as the compiler planned"),
             "memory relative to first order": (megabytes[mode] / megabytes["first_order"], "as the compiler planned"),
         }
         for metric, (value, protocol) in figures.items():

@@ -184,7 +184,7 @@ def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path
             axes.axvspan(*interval, color="C3", alpha=0.05)
             axes.set(title=f"{method}, curve {1 + column // 2}", xlabel="x", ylim=1.6 * jnp.array([y.min(), y.max()]))
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
 
 
 if __name__ == "__main__":

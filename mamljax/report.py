@@ -143,9 +143,9 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def learning_curves(results: Mapping[str, Any], path: Path) -> None:
-    """Draw each metric against adaptation steps, a panel for each setting, with bands of 95 % confidence.
+    """Draw metrics against adaptation steps, settings across and metrics down, with bands of 95 % confidence.
 
-    The vertical axis is logarithmic where positive values span more than two orders of magnitude.
+    The axis of a metric is logarithmic where positive values span more than two orders of magnitude.
 
     Args:
         results: as `read_results` returns them; nothing is drawn if they have no rows.
@@ -154,24 +154,28 @@ def learning_curves(results: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = results["rows"]
-    panels = list(dict.fromkeys((row.setting, row.metric) for row in rows))
-    methods = list(dict.fromkeys(row.method for row in rows))
-    if not panels:
+    if not rows:
         return
-    figure = Figure(figsize=(1 + 4 * len(panels), 4), layout="constrained")
-    share = len({metric for _, metric in panels}) == 1
-    means = [row.mean for row in rows if row.mean is not None]
-    scale = "log" if means and 0 < 100 * min(means) < max(means) else "linear"
-    for axes, panel in zip(figure.subplots(1, len(panels), sharey=share, squeeze=False)[0], panels, strict=True):
-        for colour, method in enumerate(methods):
-            _draw_curve(
-                axes, [row for row in rows if (row.setting, row.metric) == panel and row.method == method], f"C{colour}"
-            )
-        axes.set(title=panel[0], xlabel="adaptation steps", ylabel=panel[1], yscale=scale)
-        axes.label_outer()
-        axes.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
-    figure.savefig(path, dpi=150)
+    settings, metrics, methods = (list(dict.fromkeys(names)) for names in zip(*map(_group, rows), strict=True))
+    figure = Figure(figsize=(1 + 4 * len(settings), 1 + 3 * len(metrics)), layout="constrained")
+    panels = figure.subplots(len(metrics), len(settings), sharex=True, sharey="row", squeeze=False)
+    for metric, line in zip(metrics, panels, strict=True):
+        means = [row.mean for row in rows if row.metric == metric and row.mean is not None]
+        scale = "log" if means and 0 < 100 * min(means) < max(means) else "linear"
+        line[0].set(ylabel=metric, yscale=scale)
+        for setting, axes in zip(settings, line, strict=True):
+            for colour, method in enumerate(methods):
+                _draw_curve(axes, [row for row in rows if _group(row) == (setting, metric, method)], f"C{colour}")
+            axes.grid(alpha=0.3)
+    for setting, top, bottom in zip(settings, panels[0], panels[-1], strict=True):
+        top.set_title(setting)
+        bottom.set_xlabel("adaptation steps")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.savefig(path, dpi=100)
+
+
+def _group(row: Row) -> tuple[str, str, str]:
+    return row.setting, row.metric, row.method
 
 
 def _draw_curve(axes: Any, curve: Sequence[Row], colour: str) -> None:
