@@ -55,7 +55,8 @@ class Options:
 
 
 # Options that do not decide how a training goes, so that they may change when it is resumed.
-FREE_OPTIONS = ("method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard")
+FREE_OPTIONS = {"preset", "method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard"}
+FREE_OPTIONS |= {"eval_shots", "tuning_lrs"}
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -126,6 +127,8 @@ def _check_ranges(options: Options) -> None:
                 raise ValueError(f"{flag} must be positive and finite, got {item}.")
             if isinstance(item, int) and not isinstance(item, bool):
                 check_count(flag, item, minimum=0 if name == "seed" else 1)
+        if name == "seed" and value + options.seeds > 2**32:
+            raise ValueError(f"--seed and --seeds must stay below 2**32, got {value} and {options.seeds}.")
         if value == ():
             raise ValueError(f"{flag} must have at least one value.")
 
@@ -154,7 +157,7 @@ def main(
     try:
         execute(options, Run(experiment, options))
     except KeyboardInterrupt as stop:
-        print(f"{stop or 'Stopped'}. The same command goes on from there.", file=sys.stderr)
+        print(f"{str(stop) or 'stopped'}. The same command goes on from there.", file=sys.stderr)
         return 130
     except OSError as error:
         message = f"cannot write to {error.filename or options.out}: {error.strerror}"

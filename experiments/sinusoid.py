@@ -77,7 +77,8 @@ class Options(runner.Options):
     """Step sizes to choose from for fine-tuning, by the mean error over all steps on validation tasks."""
 
 
-PRESETS = {"paper": Options(), "quick": Options(preset="quick", steps=5_000, eval_tasks=200)}
+QUICK = Options(preset="quick", steps=5_000, eval_tasks=200, out=Path("out/sinusoid_quick"))
+PRESETS = {"paper": Options(), "quick": QUICK}
 
 
 def execute(options: Options, run: runner.Run) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -48,6 +49,7 @@ class Checkpoints:
         Raises:
             CheckpointError: the disk is full or cannot be written; earlier checkpoints are still there.
         """
+        tree = _without_keys(tree)
         seal = {"checksum": _checksum(tree), "shapes": _shapes(tree)}
         items = ocp.args.Composite(tree=ocp.args.StandardSave(tree), seal=ocp.args.JsonSave(seal))
         try:
@@ -55,7 +57,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
             raise CheckpointError(
                 f"cannot write the checkpoint of meta-update {step} to {self.directory}: {_in_short(error)}. "
-                "Free some space or choose another directory; earlier checkpoints are kept."
+                "Make room there or choose another directory; earlier checkpoints are kept."
             ) from error
 
     def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
@@ -90,18 +92,19 @@ class Checkpoints:
 
     def _read(self, step: int, like: PyTree) -> PyTree:
         seal = self._manager.restore(step, args=ocp.args.Composite(seal=ocp.args.JsonRestore()))["seal"]
-        saved, expected = seal["shapes"], _shapes(like)
+        plain = jax.eval_shape(_without_keys, like)
+        saved, expected = seal["shapes"], _shapes(plain)
         for path in sorted(saved.keys() | expected.keys()):
             if saved.get(path) != expected.get(path):
                 raise CheckpointError(
                     f"the checkpoint in {self.directory} is one of another model or method: at {path} it has "
                     f"{saved.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}. Choose another directory."
                 )
-        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        target = jax.tree.map(ocp.utils.to_shape_dtype_struct, plain)
         tree = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(target)))["tree"]
         if _checksum(tree) != seal["checksum"]:
             raise ValueError("its checksum does not match")
-        return tree
+        return jax.tree.map(lambda leaf, old: jax.random.wrap_key_data(leaf) if _is_key(old) else leaf, tree, like)
 
 
 def claim_directory(directory: Path, config: dict[str, Any]) -> None:
@@ -121,13 +124,22 @@ def claim_directory(directory: Path, config: dict[str, Any]) -> None:
         raise CheckpointError(f"cannot write to {directory}: {error.strerror}. Choose another directory.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Delete that directory, or choose another one.") from error
-    keys = [key for key in sorted(config.keys() | found.keys()) if config.get(key) != found.get(key)]
+    keys = [key for key in sorted(config.keys() | found.keys()) if json.dumps(config.get(key)) != json.dumps(found.get(key))]
     if keys:
         given, there = ({key: side.get(key) for key in keys} for side in (config, found))
         raise CheckpointError(
             f"{directory} holds a run of another configuration: it has {there}, this one {given}. "
             "Choose another directory, or delete that one."
         )
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _without_keys(tree: PyTree) -> PyTree:
+    """Random keys as the integers behind them, which can be stored."""
+    return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
 
 
 def _checksum(tree: PyTree) -> int:

@@ -1,5 +1,6 @@
 """Evaluation: metrics of a trained meta-learner over many tasks, with their confidence intervals."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -43,16 +44,18 @@ def evaluate(
     batch_size = num_tasks if batch_size is None else batch_size
     check_count("batch_size", batch_size)
 
-    def one_task(state: State, key: Array) -> Metrics:
+    return _evaluate(state, key, learner=learner, sample=sample, num_tasks=num_tasks, batch_size=min(batch_size, num_tasks))
+
+
+@functools.partial(jax.jit, static_argnames=("learner", "sample", "num_tasks", "batch_size"))
+def _evaluate(
+    state: State, key: Array, *, learner: MetaLearner, sample: Callable[[Array], PyTree], num_tasks: int, batch_size: int
+) -> Metrics:
+    def one_task(key: Array) -> Metrics:
         sample_key, evaluate_key = jax.random.split(key)
         return learner.evaluate(evaluate_key, state, sample(sample_key))
 
-    @jax.jit
-    def all_tasks(state: State, key: Array) -> Metrics:
-        keys = jax.random.split(key, num_tasks)
-        return lax.map(lambda key: one_task(state, key), keys, batch_size=min(batch_size, num_tasks))
-
-    return all_tasks(state, key)
+    return lax.map(one_task, jax.random.split(key, num_tasks), batch_size=batch_size)
 
 
 def mean_and_ci95(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

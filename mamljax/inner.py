@@ -29,7 +29,7 @@ def adapt(
     `params`, `data` and whatever `loss_fn` closes over:
 
     - `"mixed"`: exact, by forward-over-reverse differentiation of each step (MixFlow-MG, arXiv 2505.00793), of which it
-      keeps nothing but the parameters. Cannot itself be differentiated in forward mode.
+      keeps nothing but the parameters and the rule's state. Cannot itself be differentiated in forward mode.
     - `"reverse"`: exact, by plain reverse mode through every step. Can itself be differentiated in any mode.
     - `"first_order"`: the inner gradient counts as a constant (first-order MAML).
 
@@ -51,7 +51,7 @@ def adapt(
     >>> path.tolist()
     [0.0, 0.5, 0.75]
     """
-    _check_params(params)
+    check_params(params)
     gradient = _inner_gradient(_scalar(loss_fn), differentiation)
 
     def step(carry: tuple, entry: PyTree) -> tuple[tuple, PyTree]:
@@ -128,7 +128,8 @@ def _scalar(loss_fn: Callable) -> Callable:
     return checked
 
 
-def _check_params(params: PyTree) -> None:
+def check_params(params: PyTree) -> None:
+    """Raise `ValueError` unless every leaf is floating-point, and so can be adapted."""
     for path, leaf in jax.tree.leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(

@@ -1,11 +1,15 @@
 """The files that a training run leaves: checkpoints, a log of its metrics, TensorBoard events."""
 
+import contextlib
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
 
-from mamljax.checkpoint import Checkpoints
+import filelock
+
+from mamljax.checkpoint import CheckpointError, Checkpoints, claim_directory
 from mamljax.files import write_atomically
 from mamljax.types import PyTree
 
@@ -14,37 +18,53 @@ class Record:
     """The files of one run: checkpoints, `metrics.jsonl`, TensorBoard events. Does nothing without a directory."""
 
     def __init__(self, directory: str | Path | None, config: dict[str, Any], *, tensorboard: bool = False) -> None:
-        """Open the record of a run, as `checkpoint.Checkpoints` does; enter it as a context to log and save."""
+        """Describe the record of a run; enter it as a context to use it."""
         self.directory = None if directory is None else Path(directory)
-        self.checkpoints = None if directory is None else Checkpoints(directory, config)
-        self.tensorboard = tensorboard
+        self.config, self.tensorboard = config, tensorboard
         self.saved_update = None
         self.saved_at = self.opened_at = time.monotonic()
         self.seconds_before = 0.0
-        self.log_file = self.writer = None
-
-    def restore(self, like: PyTree) -> tuple[int, PyTree]:
-        """Return the number of meta-updates done and the newest checkpoint, or 0 and `like` where there is none."""
-        self.saved_update, tree = (self.checkpoints and self.checkpoints.restore(like)) or (None, like)
-        return self.saved_update or 0, tree
+        self.files = contextlib.ExitStack()
 
     def __enter__(self) -> "Record":
-        """Take back what was logged after the checkpoint from which the run goes on."""
-        if self.directory is None:
-            return self
-        path = self.directory / "metrics.jsonl"
-        lines = [line for line in read_metrics(path) if line["update"] <= (self.saved_update or 0)]
-        self.seconds_before = lines[-1]["seconds"] if lines else 0.0
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self.log_file = path.open("a", buffering=1)
-        if self.tensorboard:
-            self.writer = _summary_writer(self.directory / "tensorboard", purge_step=(self.saved_update or 0) + 1)
+        """Open the directory, and keep other processes from it.
+
+        Raises:
+            CheckpointError: as `Checkpoints`; or another process is at work there.
+        """
+        if self.directory is not None:
+            claim_directory(self.directory, self.config)
+            lock = filelock.FileLock(self.directory / "lock")
+            try:
+                self.files.enter_context(lock.acquire(blocking=False))
+            except filelock.Timeout as error:
+                message = f"another process is training in {self.directory}. Wait for it, or choose another directory."
+                raise CheckpointError(message) from error
+            self.checkpoints = Checkpoints(self.directory, self.config)
         return self
 
+    def restore(self, like: PyTree) -> tuple[int, PyTree]:
+        """Return the number of meta-updates done and the newest checkpoint, or 0 and `like` where there is none.
+
+        What was logged after it is taken back.
+        """
+        if self.directory is None:
+            return 0, like
+        self.saved_update, tree = self.checkpoints.restore(like) or (None, like)
+        done = self.saved_update or 0
+        path = self.directory / "metrics.jsonl"
+        lines = [line for line in read_metrics(path) if line["update"] <= done]
+        self.seconds_before = lines[-1]["seconds"] if lines else 0.0
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.log_file = self.files.enter_context(path.open("a", buffering=1))
+        if self.tensorboard:
+            writer = _summary_writer(self.directory / "tensorboard", purge_step=done + 1)
+            self.writer = self.files.enter_context(contextlib.closing(writer))
+        return done, tree
+
     def __exit__(self, *exception: object) -> None:
-        for file in (self.log_file, self.writer):
-            if file is not None:
-                file.close()
+        """Close all files and let other processes in."""
+        self.files.close()
 
     @property
     def seconds(self) -> float:
@@ -60,11 +80,13 @@ class Record:
         return f"; {self.directory} keeps {kept}"
 
     def log(self, update: int, line: dict[str, float]) -> None:
-        """Add a line of numbers to the log."""
+        """Add a line of numbers to the log; one that is not finite becomes null."""
         if self.directory is None:
             return
-        self.log_file.write(json.dumps({"update": update, **line, "seconds": round(self.seconds, 3)}) + "\n")
-        if self.writer:
+        line = {"update": update, **line, "seconds": round(self.seconds, 3)}
+        plain = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self.log_file.write(json.dumps(plain) + "\n")
+        if self.tensorboard:
             for name, value in line.items():
                 self.writer.add_scalar(name, value, update)
 
@@ -76,11 +98,16 @@ class Record:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """Read the lines of a `metrics.jsonl`; the last one may have been cut short by a kill and is then left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Read the lines of a `metrics.jsonl` up to the first that a kill or a power cut has spoilt."""
+    lines = []
+    for text in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+        if not text.endswith(b"\n"):
+            break
+    return lines
 
 
 def _summary_writer(directory: Path, *, purge_step: int) -> Any:

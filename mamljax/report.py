@@ -68,7 +68,11 @@ def environment() -> dict[str, Any]:
     name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
     versions = {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}}
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
-    git = subprocess.run(command, cwd=Path(sys.argv[0]).resolve().parent, capture_output=True, text=True, check=False).stdout
+    try:
+        place = Path(sys.argv[0]).resolve().parent
+        git = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False).stdout
+    except OSError:  # no git here
+        git = ""
     return {"device": name, "versions": versions, "git": git.strip()}
 
 

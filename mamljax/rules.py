@@ -1,12 +1,14 @@
 """Inner rules: how an adaptation step follows the gradient. Any Optax transformation is one."""
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from mamljax.inner import check_params
 from mamljax.types import Model, PyTree
 
 Rule = float | optax.GradientTransformation  # a step size stands for gradient descent
@@ -24,24 +26,30 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
         An Optax transformation.
 
     Raises:
-        ValueError: the step size is not positive and finite, or the derivative of the rule is not finite where a gradient is
-            zero, as in dead ReLUs (Adam with `eps_root=0`).
+        ValueError: the step size is not positive and finite; `params` holds other than floating-point leaves; the derivative
+            of the rule is not finite where an entry of the gradient is zero, as dead ReLUs have it (Adam with `eps_root=0`).
     """
-    if not isinstance(rule, optax.GradientTransformation):
+    check_params(params)
+    if isinstance(rule, numbers.Real):
         if not (math.isfinite(rule) and rule > 0):
             raise ValueError(f"the inner step size must be positive and finite, got {rule}. The paper uses 0.01 to 0.4.")
         return optax.sgd(rule)
+    if not isinstance(rule, optax.GradientTransformation):
+        raise ValueError(
+            f"rule must be a step size or an Optax transformation, got {rule!r}. For a schedule pass optax.sgd(schedule)."
+        )
     if not differentiable:
         return rule
 
     def total_update(gradient: PyTree, params: PyTree) -> Array:
         return optax.tree.sum(rule.update(gradient, rule.init(params), params)[0])
 
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), params)
-    derivative = jax.jit(jax.grad(total_update))(zeros, zeros)
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
+    gradient = jax.tree.map(lambda leaf: leaf.ravel().at[0].set(0).reshape(leaf.shape), ones)  # as dead ReLUs leave it
+    derivative = jax.jit(jax.grad(total_update))(gradient, ones)
     if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(derivative)):
         raise ValueError(
-            "the inner rule has no finite derivative where a gradient is zero, so meta-gradients would be NaN. "
+            "the inner rule has no finite derivative where an entry of the gradient is zero, so meta-gradients would be NaN. "
             "For Adam and its kin pass eps_root=1e-8; or choose differentiation='first_order'."
         )
     return rule

@@ -34,7 +34,7 @@ class Result(NamedTuple):
     """What `fit` returns. Trained from several keys, every leaf of the states has a leading axis [seeds]."""
 
     state: State  # after the last meta-update
-    best: State  # that of the lowest validation error, or `state` if there was no validation
+    best: State  # that of the lowest validation error, or `state` if none was validated
     num_updates: int  # meta-updates done, over all sessions of the run
     seconds: float  # spent in training, over all sessions of the run
 
@@ -77,7 +77,8 @@ def fit(
         validate_fn: state -> error [], the lower the better, such as the mean loss over fixed validation tasks.
         validate_every: meta-updates between validations.
         directory: where to keep checkpoints and `metrics.jsonl`, a line for each compiled call; None keeps nothing.
-        config: JSON values that decide how the run goes. A directory that holds a run of another one is refused.
+        config: JSON values that decide how the run goes. A directory that holds a run of another configuration is refused;
+            that the learner or the sampler is another one goes unnoticed unless it shows in here.
         checkpoint_seconds: time between checkpoints; there is always one at the end.
         max_seconds: stop after this time, saved.
         label: what to call the run in the progress line.
@@ -105,16 +106,17 @@ def fit(
     validate = validate_fn and jax.jit(over_seeds(lambda progress: _validate(validate_fn, progress)))
 
     decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
-    record = Record(directory, decisive, tensorboard=tensorboard)
-    done, now = record.restore(now)
-    if done > num_updates:
-        raise CheckpointError(
-            f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
-        )
-    seldom = 0.2 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
-    bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, mininterval=seldom)
-    started = time.monotonic()
-    with record, bar, _interruptions() as interrupted:
+    with Record(directory, decisive, tensorboard=tensorboard) as record, _interruptions() as interrupted:
+        done, now = record.restore(now)
+        if done > num_updates:
+            raise CheckpointError(
+                f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
+            )
+        if done and progress:
+            print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
+        seldom = 0.2 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
+        bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, mininterval=seldom)
+        started = time.monotonic()
         while done < num_updates and not interrupted.is_set() and time.monotonic() - started < max_seconds:
             every = [log_every] + [validate_every] * (validate_fn is not None)
             stop = min(num_updates, *(done + n - done % n for n in every))
@@ -127,21 +129,21 @@ def fit(
             if validate and stop % validate_every == 0:
                 now, error = validate(now)
                 line["validation_error"] = float(error.mean())
-            shown = {name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}
-            bar.set_postfix(shown, refresh=False)
+            bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}, refresh=False)
             bar.update(stop - done)
             done = stop
             record.log(done, line)
             if time.monotonic() - record.saved_at > checkpoint_seconds:
                 record.save(done, now)
         record.save(done, now)
+        bar.close()
     if interrupted.is_set():
         raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where}")
-    return Result(now.state, now.best if validate_fn else now.state, done, record.seconds)
+    return Result(now.state, jax.jit(over_seeds(_best))(now), done, record.seconds)
 
 
 def _check_key(key: Array) -> None:
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1:
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1 or key.size == 0:
         raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {key.dtype}{list(key.shape)}.")
 
 
@@ -168,7 +170,9 @@ def _over_seeds(shape: tuple[int, ...], fn: Callable, in_axes: int | tuple = 0) 
 
 
 def _start(learner: MetaLearner, key: Array) -> Progress:
-    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, leaf.dtype), learner.init(key))  # no weak types: they would retrace
+    state = jax.tree.map(
+        lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), learner.init(key)
+    )  # no weak types: they would retrace
     return Progress(state, state, jnp.float32(jnp.inf))
 
 
@@ -204,6 +208,12 @@ def _validate(validate_fn: Callable[[State], Array], progress: Progress) -> tupl
     better = error < progress.best_error
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), progress.state, progress.best)
     return Progress(progress.state, best, jnp.where(better, error, progress.best_error)), error
+
+
+def _best(progress: Progress) -> State:
+    """The best state, or the last one if none was validated, or none with a finite error."""
+    validated = jnp.isfinite(progress.best_error)
+    return jax.tree.map(lambda best, last: jnp.where(validated, best, last), progress.best, progress.state)
 
 
 def _check_finite(metrics: dict[str, np.ndarray], done: int, where: str) -> None:

@@ -128,6 +128,11 @@ def test_another_configuration_is_refused(tmp_path):
         Checkpoints(tmp_path, {"inner_lr": 0.2, "seeds": 1, "sizes": (40, 40)})
 
 
+def test_a_configuration_with_nan_is_its_own(tmp_path):
+    for _ in range(2):
+        claim_directory(tmp_path, {"value": float("nan")})
+
+
 def test_spoilt_configuration(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="config.json is not JSON"):

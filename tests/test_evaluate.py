@@ -30,6 +30,19 @@ def test_every_task_is_a_row():
     np.testing.assert_allclose(values_of(params=4.0)[:, 0], 2 * values[:, 0], rtol=1e-6)
 
 
+def test_is_compiled_once():
+    traces = []
+
+    def evaluate_task(key, state, task):
+        traces.append(None)
+        return {"loss": task[None]}
+
+    learner = LEARNER._replace(evaluate=evaluate_task)
+    for seed in range(3):
+        evaluate(learner, State(jnp.float32(seed), ()), jax.random.uniform, key=jax.random.key(seed), num_tasks=4)
+    assert len(traces) == 1
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 50])
 def test_batches_change_nothing(batch_size):
     np.testing.assert_allclose(values_of(batch_size=batch_size), values_of(), rtol=1e-6)

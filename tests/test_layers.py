@@ -16,7 +16,7 @@ ALLOWED = {
     "losses": {"types"},
     "models": {"types", "checks"},
     "inner": {"types"},
-    "rules": {"types"},
+    "rules": {"types", "inner"},
     "tasks": {"types", "checks"},
     "outer": {"types"},
     "checkpoint": FOUNDATION,

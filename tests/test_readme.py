@@ -54,6 +54,10 @@ def test_committed_reports_are_made_of_their_results(path):
     assert path.with_name("report.md").read_text() == report.markdown(report.read_results(path))
 
 
+def test_no_placeholder_is_left():
+    assert not re.search(r"\b[A-Z]{8,}\b", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+
+
 def test_links_lead_to_files():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("https://") or (ROOT / target).exists(), target

@@ -47,6 +47,11 @@ def test_the_schema(path):
     }  # fmt: skip
 
 
+def test_a_machine_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    assert report.environment()["git"] == ""
+
+
 def test_round_trip(path):
     rows = read_results(path)["rows"]
     assert rows[:4] == make_rows()[:4]

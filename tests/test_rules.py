@@ -26,14 +26,28 @@ def test_step_size_must_be_positive_and_finite(step_size):
 
 @pytest.mark.parametrize("rule", [optax.adam(0.1), optax.rmsprop(0.1, eps=0.0), optax.adamw(0.1)])
 def test_rules_without_finite_meta_gradients_are_refused(rule):
-    with pytest.raises(ValueError, match=r"no finite derivative where a gradient is zero.*eps_root=1e-8"):
+    with pytest.raises(ValueError, match=r"no finite derivative where an entry of the gradient is zero.*eps_root=1e-8"):
         as_rule(rule, PARAMS, differentiable=True)
     assert as_rule(rule, PARAMS, differentiable=False) is rule
 
 
-@pytest.mark.parametrize("rule", [optax.adam(0.1, eps_root=1e-8), optax.sgd(0.1, momentum=0.9), optax.adagrad(0.1)])
+CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
+GOOD = [optax.adam(0.1, eps_root=1e-8), optax.sgd(0.1, momentum=0.9), optax.adagrad(0.1), CLIPPED]
+
+
+@pytest.mark.parametrize("rule", GOOD, ids=["adam", "momentum", "adagrad", "clipped"])
 def test_other_rules_pass(rule):
     assert as_rule(rule, PARAMS, differentiable=True) is rule
+
+
+def test_a_schedule_is_not_a_rule():
+    with pytest.raises(ValueError, match="rule must be a step size or an Optax transformation, got <function.*optax.sgd"):
+        as_rule(optax.cosine_decay_schedule(0.1, 5), PARAMS, differentiable=True)
+
+
+def test_integer_parameters_are_refused_at_once():
+    with pytest.raises(ValueError, match=r"params\['n'\] has dtype int32"):
+        as_rule(0.1, {"n": jnp.ones(2, jnp.int32)}, differentiable=True)
 
 
 def test_the_refused_rule_does_make_nan():

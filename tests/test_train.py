@@ -17,7 +17,7 @@ from mamljax.losses import mse
 from mamljax.maml import maml
 from mamljax.models import mlp
 from mamljax.outer import meta_learner
-from mamljax.record import read_metrics
+from mamljax.record import Record, read_metrics
 from mamljax.tasks.sinusoid import sinusoid
 from mamljax.train import DivergenceError, fit
 from mamljax.types import MetaLearner, State
@@ -164,6 +164,48 @@ def test_without_validation_the_best_state_is_the_last():
     assert_equal(result.best, result.state)
 
 
+def test_before_the_first_validation_the_best_state_is_the_last():
+    result = train(num_updates=6, validate_fn=lambda state: jnp.float32(1.0), validate_every=1000)
+    assert_equal(result.best, result.state)
+
+
+def test_a_validation_error_that_is_not_finite_is_null_in_the_log(tmp_path):
+    result = train(num_updates=10, validate_fn=lambda state: jnp.float32(jnp.nan), validate_every=5, directory=tmp_path)
+    assert [line["validation_error"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [None, None]
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    assert_equal(result.best, result.state)
+
+
+def test_one_process_at_a_time(tmp_path):
+    with Record(tmp_path, {}), pytest.raises(CheckpointError, match="another process is training in .*Wait for it"):
+        Record(tmp_path, {}).__enter__()
+    with Record(tmp_path, {}):
+        pass
+
+
+def test_a_spoilt_log_does_not_stop_a_run(tmp_path):
+    train(directory=tmp_path, num_updates=10)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 20 + b"\n")
+    assert_equal(train(directory=tmp_path).state, train().state)
+    assert [line["update"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [5, 10, 15, 20]
+
+
+def test_random_keys_in_the_state_are_saved(tmp_path):
+    """Gradient noise carries its key in the optimiser's state."""
+    learner = scalar_learner(tx=optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(3)), optax.sgd(0.1)))
+    straight = train(learner, jax.random.normal)
+    train(learner, jax.random.normal, num_updates=10, directory=tmp_path)
+    resumed = train(learner, jax.random.normal, directory=tmp_path)
+    assert resumed.state.params == straight.state.params
+
+
+def test_says_that_it_goes_on(tmp_path, capfd):
+    train(directory=tmp_path, num_updates=10)
+    train(directory=tmp_path, progress=True, label="maml")
+    assert f"maml: goes on from meta-update 10 in {tmp_path}" in capfd.readouterr().err
+
+
 def test_validation_by_evaluation():
     def error(state):
         return evaluate(LEARNER, state, SAMPLE, key=KEY, num_tasks=5)["loss"][:, -1].mean()
@@ -307,7 +349,7 @@ def test_metrics_are_scalars():
         train(learner)
 
 
-@pytest.mark.parametrize("key", [jax.random.split(KEY, 4).reshape(2, 2), jnp.zeros(2, jnp.uint32)])
+@pytest.mark.parametrize("key", [jax.random.split(KEY, 4).reshape(2, 2), KEYS[:0], jnp.zeros(2, jnp.uint32)])
 def test_key_is_one_key_or_a_vector_of_them(key):
     with pytest.raises(ValueError, match=r"key must be jax.random.key\(seed\) or a vector of such keys"):
         train(key=key)

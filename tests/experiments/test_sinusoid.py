@@ -1,5 +1,6 @@
 """The sinusoid experiment as a user runs it, at tiny size."""
 
+import dataclasses
 import json
 import os
 import random
@@ -121,11 +122,25 @@ def test_several_seeds(tmp_path):
 
 
 def test_protocols_differ_in_how_weights_begin(tmp_path):
+    """The authors' begin with outputs of next to nothing: 0.01^3 times sizes of about 5, 40 and 40."""
+    task = sinusoid.sinusoid(shots=1, queries=50)(jax.random.key(0))
+    largest = {}
+    for protocol in ("paper", "corrected"):
+        model = sinusoid.network(dataclasses.replace(sinusoid.PRESETS["paper"], protocol=protocol))
+        largest[protocol] = float(np.abs(model.apply(model.init(jax.random.key(1)), task.query.x)).max())
+    assert largest["paper"] < 0.01
+    assert largest["corrected"] > 0.1
     assert main("--out", tmp_path, "--protocol", "paper", "--method", "random") == 0
-    rows = report.read_results(tmp_path / "results.json")["rows"]
-    assert {row.protocol for row in rows} == {"paper"}
-    # Outputs of weights of 0.01 are next to nothing, so the first error is E[y^2] = E[A^2] / 2 = 4.2 +- 2 on 12 points.
-    assert 0 < rows[0].mean < 13
+    assert {row.protocol for row in report.read_results(tmp_path / "results.json")["rows"]} == {"paper"}
+
+
+def test_presets_do_not_share_a_directory():
+    assert len({options.out for options in sinusoid.PRESETS.values()}) == len(sinusoid.PRESETS)
+
+
+def test_seeds_are_32_bits(tmp_path, capsys):
+    assert main("--out", tmp_path / "run", "--seed", 2**32) == 2
+    assert "error: --seed and --seeds must stay below 2**32" in capsys.readouterr().err
 
 
 def test_time_limit_reports_what_there_is(tmp_path, capsys):
