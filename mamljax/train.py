@@ -106,7 +106,9 @@ def fit(
     validate = validate_fn and jax.jit(over_seeds(lambda progress: _validate(validate_fn, progress)))
 
     decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
-    with Record(directory, decisive, tensorboard=tensorboard) as record, _interruptions() as interrupted:
+    with contextlib.ExitStack() as stack:
+        record = stack.enter_context(Record(directory, decisive, tensorboard=tensorboard))
+        interrupted = stack.enter_context(_interruptions())
         done, now = record.restore(now)
         if done > num_updates:
             raise CheckpointError(
@@ -116,6 +118,7 @@ def fit(
             print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
         seldom = 0.2 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
         bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, mininterval=seldom)
+        stack.enter_context(bar)
         started = time.monotonic()
         while done < num_updates and not interrupted.is_set() and time.monotonic() - started < max_seconds:
             every = [log_every] + [validate_every] * (validate_fn is not None)
@@ -136,7 +139,6 @@ def fit(
             if time.monotonic() - record.saved_at > checkpoint_seconds:
                 record.save(done, now)
         record.save(done, now)
-        bar.close()
     if interrupted.is_set():
         raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where}")
     return Result(now.state, jax.jit(over_seeds(_best))(now), done, record.seconds)
