@@ -6,6 +6,7 @@ its methods through a `Run`.
 
 import dataclasses
 import itertools
+import logging
 import math
 import os
 import sys
@@ -154,6 +155,8 @@ def main(
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "mamljax"))
+    # Orbax logs a traceback for each part of a failed save; what is wrong is said below, once.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         execute(options, Run(experiment, options))
     except KeyboardInterrupt as stop:

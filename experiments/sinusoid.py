@@ -40,7 +40,7 @@ Method = Literal["maml", "fomaml", "pretrained", "oracle", "random"]
 
 @dataclasses.dataclass(frozen=True)
 class Options(runner.Options):
-    """Sinusoid regression. The defaults are the settings of the paper (section 5.1) and of the authors' code."""
+    """Sinusoid regression, by default as in the paper (section 5.1) and its code, but for the first weights (--protocol)."""
 
     preset: Literal["paper", "quick"] = "paper"
     """Values for all options below and above: paper, or quick for a first look in under a minute."""

@@ -55,8 +55,10 @@ class Checkpoints:
         try:
             self._manager.save(step, args=items, force=True)
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
+            # tensorstore buries the cause under paths and specifications.
+            cause = "No space left on device" if "No space left" in str(error) else _in_short(error)
             raise CheckpointError(
-                f"cannot write the checkpoint of meta-update {step} to {self.directory}: {_in_short(error)}. "
+                f"cannot write the checkpoint of meta-update {step} to {self.directory}: {cause}. "
                 "Make room there or choose another directory; earlier checkpoints are kept."
             ) from error
 

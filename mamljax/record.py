@@ -33,7 +33,7 @@ class Record:
             CheckpointError: as `Checkpoints`; or another process is at work there.
         """
         if self.directory is not None:
-            claim_directory(self.directory, self.config)
+            claim_directory(self.directory, self.config)  # before the lock, which lies in it
             lock = filelock.FileLock(self.directory / "lock")
             try:
                 self.files.enter_context(lock.acquire(blocking=False))

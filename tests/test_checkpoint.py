@@ -145,11 +145,15 @@ def test_a_file_in_the_way(tmp_path):
         claim_directory(tmp_path / "file" / "run", {})
 
 
-def test_full_disk_keeps_earlier_checkpoints(two, monkeypatch):
+FULL = [OSError(errno.ENOSPC, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: " + 300 * "path" + " No space left")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=["Orbax", "tensorstore"])
+def test_full_disk_keeps_earlier_checkpoints(two, monkeypatch, error):
     checkpoints = Checkpoints(two, {})
 
     def no_space(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoints._manager, "save", no_space)
     with pytest.raises(
