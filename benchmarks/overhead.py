@@ -80,7 +80,7 @@ def by_hand(params: PyTree, updates: int) -> Callable[[], Array]:
 
 def by_library(learner: MetaLearner, updates: int) -> Callable[[], Array]:
     """The same with the library, compiled as `fit` compiles it; returns what runs it."""
-    run = jax.jit(meta_updates(learner, sinusoid(shots=SHOTS, queries=SHOTS), NUM_TASKS, updates))
+    run = jax.jit(meta_updates(learner, NUM_TASKS, updates))
     key = jax.random.key(0)
     state = learner.init(key)
     return lambda: run(state, key, 0, updates)[1]["loss"]

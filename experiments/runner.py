@@ -57,7 +57,7 @@ class Options:
 
 # Options that do not decide how a training goes, so that they may change when it is resumed.
 FREE_OPTIONS = {"preset", "method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard"}
-FREE_OPTIONS |= {"eval_shots", "tuning_lrs"}
+FREE_OPTIONS |= {"eval_shots", "eval_queries", "eval_tasks", "tuning_lrs", "data_dir", "cache_dir", "eval_steps"}
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 

@@ -1,22 +1,22 @@
 """Evaluation: metrics of a trained meta-learner over many tasks, with their confidence intervals."""
 
 import functools
-from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax import Array, lax
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from scipy import stats
 
 from mamljax.checks import check_count
-from mamljax.types import MetaLearner, Metrics, PyTree, State
+from mamljax.types import MetaLearner, Metrics, SampleFn, State
 
 
 def evaluate(
     learner: MetaLearner,
     state: State,
-    sample: Callable[[Array], PyTree],
+    sample: SampleFn,
     *,
     key: Array,
     num_tasks: int,
@@ -29,7 +29,7 @@ def evaluate(
     Args:
         learner: what to evaluate.
         state: a state of it.
-        sample: key -> task.
+        sample: key -> task; a `jax.tree_util.Partial` if it carries arrays.
         key: a JAX random key.
         num_tasks: how many tasks; 600 in the paper.
         batch_size: tasks computed at a time, where memory is short; by default all of them.
@@ -44,13 +44,11 @@ def evaluate(
     batch_size = num_tasks if batch_size is None else batch_size
     check_count("batch_size", batch_size)
 
-    return _evaluate(state, key, learner=learner, sample=sample, num_tasks=num_tasks, batch_size=min(batch_size, num_tasks))
+    return _evaluate(state, key, Partial(sample), learner=learner, num_tasks=num_tasks, batch_size=min(batch_size, num_tasks))
 
 
-@functools.partial(jax.jit, static_argnames=("learner", "sample", "num_tasks", "batch_size"))
-def _evaluate(
-    state: State, key: Array, *, learner: MetaLearner, sample: Callable[[Array], PyTree], num_tasks: int, batch_size: int
-) -> Metrics:
+@functools.partial(jax.jit, static_argnames=("learner", "num_tasks", "batch_size"))
+def _evaluate(state: State, key: Array, sample: SampleFn, *, learner: MetaLearner, num_tasks: int, batch_size: int) -> Metrics:
     def one_task(key: Array) -> Metrics:
         sample_key, evaluate_key = jax.random.split(key)
         return learner.evaluate(evaluate_key, state, sample(sample_key))

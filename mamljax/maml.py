@@ -24,6 +24,7 @@ def maml(
     tx: optax.GradientTransformation,
     differentiation: Differentiation = "mixed",
     metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
 ) -> MetaLearner:
     r"""Learn an initialisation from which a few steps on a task's support set do well on its query set.
 
@@ -40,6 +41,7 @@ def maml(
         tx: the outer optimiser, `optax.adam(1e-3)` in the paper.
         differentiation: "mixed" or "reverse" (both exact), or "first_order" (first-order MAML); see `inner.adapt`.
         metric_fns: further (outputs, targets) -> scalar to report in evaluation, by name.
+        chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
 
     Returns:
         A meta-learner over tasks `Task(support, query)`; `evaluate` returns the `loss` and the metrics on the query set,
@@ -67,7 +69,7 @@ def maml(
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
         return learning_curve(model, loss_fn, state.params, task, rule, eval_steps, metric_fns=metric_fns)
 
-    return meta_learner(model.init, task_loss, evaluate, tx=tx)
+    return meta_learner(model.init, task_loss, evaluate, tx=tx, chunk_size=chunk_size)
 
 
 def fine_tune(

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,3 +83,23 @@ def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.Grad
         return {"theta": theta, "alpha": jax.tree.map(jnp.zeros_like, params["alpha"])}
 
     return Model(init, lambda params, x: model.apply(params["theta"], x)), optax.stateless(step)
+
+
+def all_but(frozen: Sequence[str], rule: Rule) -> optax.GradientTransformation:
+    """Adapt all parameters but those of the given names, which the outer loop alone learns.
+
+    Args:
+        frozen: last parts of parameter paths, ("shift", "scale") for those of `models.BatchStatNorm`.
+        rule: what the others follow.
+
+    >>> params = {"Dense_0": {"kernel": jnp.ones(2)}, "Norm_0": {"shift": jnp.ones(2)}}
+    >>> rule = all_but(["shift"], 0.5)
+    >>> rule.update(params, rule.init(params), params)[0]["Norm_0"]["shift"].tolist()
+    [0.0, 0.0]
+    """
+
+    def labels(params: PyTree) -> PyTree:
+        return jax.tree.map_with_path(lambda path, _: "frozen" if path[-1].key in frozen else "adapted", params)
+
+    rule = optax.sgd(rule) if isinstance(rule, numbers.Real) else rule
+    return optax.partition({"frozen": optax.set_to_zero(), "adapted": rule}, labels)

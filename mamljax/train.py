@@ -14,12 +14,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.tree_util import Partial
 from tqdm import tqdm
 
 from mamljax.checkpoint import CheckpointError
 from mamljax.checks import check_count
 from mamljax.record import Record
-from mamljax.types import MetaLearner, Metrics, PyTree, State
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State
 
 
 class Progress(NamedTuple):
@@ -45,7 +46,7 @@ class DivergenceError(FloatingPointError):
 
 def fit(
     learner: MetaLearner,
-    sample: Callable[[Array], PyTree],
+    sample: SampleFn,
     *,
     key: Array,
     num_updates: int,
@@ -69,7 +70,8 @@ def fit(
 
     Args:
         learner: the method.
-        sample: key -> one task; drawn inside the compiled loop.
+        sample: key -> one task; drawn inside the compiled loop. A `jax.tree_util.Partial` carries arrays, such as images,
+            which are then passed to the compiled program instead of copied into it; `validate_fn` alike.
         key: a JAX random key; or an array of N keys, to train N seeds in one compiled program.
         num_updates: meta-updates in all.
         num_tasks: B, tasks in a meta-batch.
@@ -102,8 +104,10 @@ def fit(
     _check_key(key)
     over_seeds = functools.partial(_over_seeds, key.shape)
     now = jax.jit(over_seeds(lambda key: _start(learner, key)))(key)
-    run = jax.jit(over_seeds(meta_updates(learner, sample, num_tasks, log_every), (0, 0, None, None)), donate_argnums=0)
-    validate = validate_fn and jax.jit(over_seeds(lambda progress: _validate(validate_fn, progress)))
+    updates = over_seeds(meta_updates(learner, num_tasks, log_every), (0, 0, None, None, None))
+    run = jax.jit(updates, donate_argnums=0)
+    validate = jax.jit(over_seeds(_validate, (0, None)))
+    sample, validate_fn = Partial(sample), validate_fn and Partial(validate_fn)  # their arrays become arguments
 
     decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
     with contextlib.ExitStack() as stack:
@@ -123,14 +127,14 @@ def fit(
         while done < num_updates and not interrupted.is_set() and time.monotonic() - started < max_seconds:
             every = [log_every] + [validate_every] * (validate_fn is not None)
             stop = min(num_updates, *(done + n - done % n for n in every))
-            state, metrics = run(now.state, key, done, stop)
+            state, metrics = run(now.state, key, done, stop, sample)
             metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
             _check_finite(metrics, done, record.where)
             _check_params(state, stop, record.where)
             now = now._replace(state=state)
             line = {name: float(values.mean()) for name, values in metrics.items()}
-            if validate and stop % validate_every == 0:
-                now, error = validate(now)
+            if validate_fn and stop % validate_every == 0:
+                now, error = validate(now, validate_fn)
                 line["validation_error"] = float(error.mean())
             bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}, refresh=False)
             bar.update(stop - done)
@@ -178,24 +182,25 @@ def _start(learner: MetaLearner, key: Array) -> Progress:
     return Progress(state, state, jnp.float32(jnp.inf))
 
 
-def meta_updates(learner: MetaLearner, sample: Callable[[Array], PyTree], num_tasks: int, length: int) -> Callable:
-    """Build a loop of meta-updates: (state, key, start, stop) -> (state, metrics [length]), to be compiled.
+def meta_updates(learner: MetaLearner, num_tasks: int, length: int) -> Callable:
+    """Build a loop of meta-updates: (state, key, start, stop, sample) -> (state, metrics [length]), to be compiled.
 
     It runs updates `start` to `stop`, at most `length` of them; as both are arguments, one compilation serves every call.
+    `sample` must be a pytree: a `jax.tree_util.Partial`.
     """
 
-    def update(t: Array, state: State, key: Array) -> tuple[State, Metrics]:
+    def update(t: Array, state: State, key: Array, sample: SampleFn) -> tuple[State, Metrics]:
         sample_key, update_key = jax.random.split(jax.random.fold_in(key, t))
         tasks = jax.vmap(sample)(jax.random.split(sample_key, num_tasks))
         return learner.update(update_key, state, tasks)
 
-    def run(state: State, key: Array, start: Array, stop: Array) -> tuple[State, Metrics]:
+    def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
         def body(t: Array, carry: tuple) -> tuple:
             state, log = carry
-            state, metrics = update(t, state, key)
+            state, metrics = update(t, state, key, sample)
             return state, jax.tree.map(lambda values, value: values.at[t - start].set(value), log, metrics)
 
-        shapes = jax.eval_shape(update, start, state, key)[1]
+        shapes = jax.eval_shape(update, start, state, key, sample)[1]
         for name, value in shapes.items():
             if value.shape != ():
                 raise ValueError(f"the metrics of an update must be scalars, got {name} of shape {value.shape}. Take its mean.")
@@ -205,7 +210,7 @@ def meta_updates(learner: MetaLearner, sample: Callable[[Array], PyTree], num_ta
     return run
 
 
-def _validate(validate_fn: Callable[[State], Array], progress: Progress) -> tuple[Progress, Array]:
+def _validate(progress: Progress, validate_fn: Callable[[State], Array]) -> tuple[Progress, Array]:
     error = validate_fn(progress.state)
     better = error < progress.best_error
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), progress.state, progress.best)

@@ -1,0 +1,109 @@
+"""Few-shot classification: episodes of N classes and K images of each, drawn from a bank of images."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.tree_util import Partial
+from jax.typing import ArrayLike
+
+from mamljax.checks import check_count
+from mamljax.types import Examples, Task
+
+
+def episodes(
+    images: ArrayLike, *, ways: int, shots: int, queries: int, rotations: bool = False, counts: ArrayLike | None = None
+) -> Partial:
+    """Build the sampler of N-way K-shot episodes: N distinct classes, K + Q distinct images of each, in random order.
+
+    Args:
+        images: [classes, images, H, W, C] uint8. An argument of the sampler rather than a part of it, so that compiled
+            programs do not copy it.
+        ways: N, classes of an episode.
+        shots: K, support images of each class.
+        queries: Q, query images of each class.
+        rotations: turn each class of an episode by a random multiple of 90 degrees; images must be square.
+        counts: [classes], how many images each class has where they are not alike; the others are never drawn.
+
+    Returns:
+        key -> Task with x [N * K or N * Q, H, W, C] float32 in [0, 1] and y [N * K or N * Q] int32 in 0..N-1; a pytree.
+        The same key gives the same episode.
+
+    Raises:
+        ValueError: the images are of another shape or dtype; a count below 1, or more than the images have.
+
+    >>> task = episodes(np.zeros((10, 20, 28, 28, 1), np.uint8), ways=5, shots=1, queries=15)(jax.random.key(0))
+    >>> task.support.x.shape, task.query.y.shape
+    ((5, 28, 28, 1), (75,))
+    """
+    for name, count in (("ways", ways), ("shots", shots), ("queries", queries)):
+        check_count(name, count)
+    shape = np.shape(images)
+    if len(shape) != 5 or images.dtype != np.uint8:
+        raise ValueError(f"images must be [classes, images, H, W, C] uint8, got {list(shape)} {images.dtype}.")
+    counts = np.full(shape[0], shape[1]) if counts is None else np.asarray(counts)
+    if counts.shape != shape[:1] or not (counts <= shape[1]).all():
+        raise ValueError(f"counts must be [classes] of at most {shape[1]} for images {list(shape)}, got {counts}.")
+    if ways > shape[0]:
+        raise ValueError(f"{ways}-way episodes need {ways} classes, but there are {shape[0]}. Lower ways.")
+    if shots + queries > counts.min():
+        raise ValueError(
+            f"{shots} support and {queries} query images a class need {shots + queries} images, but class {counts.argmin()} "
+            f"has {counts.min()}. Lower shots or queries."
+        )
+    if rotations and shape[2] != shape[3]:
+        raise ValueError(f"rotations need square images, got {shape[2]} x {shape[3]}.")
+    draw = functools.partial(_draw, ways=ways, shots=shots, queries=queries, rotations=rotations)
+    return Partial(draw, jnp.asarray(images), jnp.asarray(counts, jnp.int32))
+
+
+def _draw(images: Array, counts: Array, key: Array, *, ways: int, shots: int, queries: int, rotations: bool) -> Task:
+    index, turns = draw_indices(key, counts, ways=ways, per_class=shots + queries)
+    drawn = images[index]
+    if rotations:
+        drawn = jax.vmap(turn)(drawn, turns)
+    return as_task(drawn, shots=shots)
+
+
+def draw_indices(key: Array, counts: Array, *, ways: int, per_class: int) -> tuple[tuple[Array, Array], Array]:
+    """Draw the classes and images of an episode: index arrays (class [N, 1], image [N, K + Q]), and quarter turns [N]."""
+    class_key, image_key, turn_key = jax.random.split(key, 3)
+    classes = distinct(class_key, jnp.int32(len(counts)), ways)
+    image_keys = jax.random.split(image_key, ways)
+    chosen = jax.vmap(lambda key, total: distinct(key, total, per_class))(image_keys, counts[classes])
+    return (classes[:, None], chosen), jax.random.randint(turn_key, (ways,), 0, 4)
+
+
+def distinct(key: Array, total: Array, count: int) -> Array:
+    """Draw `count` different numbers of 0..total-1, in random order: [count] int32.
+
+    By Floyd's algorithm, whose cost does not grow with `total`, and a shuffle.
+    """
+    draw_key, order_key = jax.random.split(key)
+    last = total - count + jnp.arange(count)
+    draws = jax.random.randint(draw_key, (count,), 0, last + 1)
+
+    def add(i: Array, chosen: Array) -> Array:
+        return chosen.at[i].set(jnp.where((chosen == draws[i]).any(), last[i], draws[i]))
+
+    chosen = jax.lax.fori_loop(0, count, add, jnp.full(count, -1, jnp.int32))
+    return jax.random.permutation(order_key, chosen)
+
+
+def turn(images: Array, turns: Array) -> Array:
+    """Turn square images [..., H, H, C] by `turns` times 90 degrees."""
+    turned = [jnp.rot90(images, times, axes=(-3, -2)) for times in range(4)]
+    return jax.lax.select_n(turns, *turned)
+
+
+def as_task(images: Array, *, shots: int) -> Task:
+    """Make a task of the images [N, K + Q, H, W, C] uint8 of an episode; class i is labelled i."""
+
+    def examples(images: Array) -> Examples:
+        ways, number = images.shape[:2]
+        x = images.reshape(ways * number, *images.shape[2:]).astype(jnp.float32) / 255
+        return Examples(x, jnp.repeat(jnp.arange(ways), number, total_repeat_length=ways * number))
+
+    return Task(examples(images[:, :shots]), examples(images[:, shots:]))
