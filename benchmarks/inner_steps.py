@@ -6,19 +6,15 @@ are small the parameters fill the memory, where they are large the activations d
 """
 
 import dataclasses
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import harness
 import jax
 import optax
-import tyro
 
 from mamljax import report
-from mamljax.checks import check_count
-from mamljax.files import write_atomically
 from mamljax.inner import Differentiation
 from mamljax.losses import mse
 from mamljax.maml import maml
@@ -58,65 +54,38 @@ def compiled_update(mode: Differentiation, options: Options, shots: int, steps: 
     return lambda: compiled(key, state, tasks), compiled.memory_analysis().temp_size_in_bytes / 1e6
 
 
-def milliseconds(run: Callable[[], object], at_least: float = 0.02) -> float:
-    """Time of one call, over as many calls as fill `at_least` seconds."""
-    calls, started = 0, time.perf_counter()
-    while time.perf_counter() - started < at_least:
-        jax.block_until_ready(run())
-        calls += 1
-    return 1e3 * (time.perf_counter() - started) / calls
-
-
-def measure(options: Options, shots: int, steps: int) -> list[report.Row]:
-    """Rows of one number of inner steps: time and memory of each mode, and both relative to first order."""
-    runs, megabytes, times = {}, {}, {mode: [] for mode in MODES}
-    for mode in MODES:
-        runs[mode], megabytes[mode] = compiled_update(mode, options, shots, steps)
-        jax.block_until_ready(runs[mode]())
-    for _ in range(options.repeats):
-        for mode in MODES:
-            times[mode].append(milliseconds(runs[mode]))
-    medians = {mode: statistics.median(values) for mode, values in times.items()}
-    shared = {"setting": f"{shots} support points", "step": steps, "tasks": options.num_tasks, "seeds": 0, "meta_updates": 0}
+def measure(options: Options) -> list[report.Row]:
+    """Rows of every setting."""
     rows = []
-    for mode in MODES:
-        figures = {
-            "milliseconds per meta-gradient": (medians[mode], f"median of {options.repeats}, {options.num_tasks} tasks"),
-            "time relative to first order": (medians[mode] / medians["first_order"], "ratio of medians"),
-            "MB of temporary memory": (megabytes[mode], "as the compiler planned"),
-            "memory relative to first order": (megabytes[mode] / megabytes["first_order"], "as the compiler planned"),
-        }
-        for metric, (value, protocol) in figures.items():
-            rows.append(report.Row(method=mode, protocol=protocol, metric=metric, mean=value, ci95=float("nan"), **shared))
+    for shots in options.shots:
+        for steps in options.inner_steps:
+            rows += compare(options, shots, steps)
+            print(f"{shots} support points, {steps} inner steps: done", file=sys.stderr)
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, write results.json and report.md, print the tables; returns 2 if an option is out of range."""
-    options = tyro.cli(Options, args=argv)
-    try:
-        for name in ("inner_steps", "shots", "hidden_sizes"):
-            for value in getattr(options, name):
-                check_count("--" + name.replace("_", "-"), value)
-        check_count("--num-tasks", options.num_tasks)
-        check_count("--repeats", options.repeats)
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    started, rows = time.monotonic(), []
-    for shots in options.shots:
-        for steps in options.inner_steps:
-            rows += measure(options, shots, steps)
-            print(f"{shots} support points, {steps} inner steps: done", file=sys.stderr)
-    path = options.out / "results.json"
-    config = dataclasses.asdict(options) | {"out": str(options.out)}
-    report.write_results(path, experiment="inner_steps", config=config, rows=rows, seconds=time.monotonic() - started)
-    results = report.read_results(path)
-    write_atomically(options.out / "report.md", report.markdown(results))
-    report.learning_curves(results, options.out / "inner_steps.png")
-    print(report.markdown(results))
-    return 0
+def compare(options: Options, shots: int, steps: int) -> list[report.Row]:
+    """Rows of one number of inner steps: time and memory of each mode, and both relative to first order."""
+    updates = {mode: compiled_update(mode, options, shots, steps) for mode in MODES}
+    times = harness.medians({mode: run for mode, (run, _) in updates.items()}, options.repeats)
+    memory = {mode: megabytes for mode, (_, megabytes) in updates.items()}
+    shared = {"setting": f"{shots} support points", "step": steps, "tasks": options.num_tasks, **harness.UNTRAINED}
+    rows = []
+    for mode in MODES:
+        figures = {
+            "milliseconds per meta-gradient": (times[mode], f"median of {options.repeats}, {options.num_tasks} tasks"),
+            "time relative to first order": (times[mode] / times["first_order"], "ratio of medians"),
+            "MB of temporary memory": (memory[mode], "as the compiler planned"),
+            "memory relative to first order": (memory[mode] / memory["first_order"], "as the compiler planned"),
+        }
+        for metric, (value, protocol) in figures.items():
+            rows.append(report.Row(method=mode, protocol=protocol, metric=metric, mean=value, **shared))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    return harness.main("inner_steps", Options, measure, argv)
 
 
 if __name__ == "__main__":

@@ -5,21 +5,18 @@ network): drawing the tasks, meta-gradient and Adam, 1,000 meta-updates in one c
 """
 
 import dataclasses
-import statistics
 import sys
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import harness
 import jax
 import jax.numpy as jnp
 import optax
-import tyro
 from jax import Array, lax
+from jax.tree_util import Partial
 
 from mamljax import report
-from mamljax.checks import check_count
-from mamljax.files import write_atomically
 from mamljax.losses import mse
 from mamljax.maml import maml
 from mamljax.models import mlp
@@ -81,49 +78,32 @@ def by_hand(params: PyTree, updates: int) -> Callable[[], Array]:
 def by_library(learner: MetaLearner, updates: int) -> Callable[[], Array]:
     """The same with the library, compiled as `fit` compiles it; returns what runs it."""
     run = jax.jit(meta_updates(learner, NUM_TASKS, updates))
+    sample = Partial(sinusoid(shots=SHOTS, queries=SHOTS))
     key = jax.random.key(0)
     state = learner.init(key)
-    return lambda: run(state, key, 0, updates)[1]["loss"]
+    return lambda: run(state, key, 0, updates, sample)[1]["loss"]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Measure, write results.json and report.md, print the table; returns 2 if an option is out of range."""
-    options = tyro.cli(Options, args=argv)
-    try:
-        check_count("--updates", options.updates)
-        check_count("--repeats", options.repeats)
-        options.out.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    started = time.monotonic()
+def measure(options: Options) -> list[report.Row]:
+    """Rows of each method: time of a meta-update, and that relative to the one written by hand."""
     model = mlp(1, (40, 40), 1, kernel_init=jax.nn.initializers.lecun_normal())
     settings = {"rule": INNER_LR, "inner_steps": 1, "eval_steps": 1, "tx": optax.adam(1e-3)}
     learners = {mode: maml(model, mse, differentiation=mode, **settings) for mode in ("reverse", "mixed", "first_order")}
     runs = {"written by hand, second order": by_hand(model.init(jax.random.key(0)), options.updates)}
     runs |= {f"mamljax, {mode}": by_library(learner, options.updates) for mode, learner in learners.items()}
-    times = {name: [] for name in runs}
-    for run in runs.values():  # compile
-        jax.block_until_ready(run())
-    for _ in range(options.repeats):
-        for name, run in runs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(1e3 * (time.perf_counter() - begin) / options.updates)
-    medians = {name: statistics.median(values) for name, values in times.items()}
+    times = harness.medians(runs, options.repeats)
     rows = []
-    for name, median in medians.items():
-        shared = {"method": name, "setting": "sinusoid, 1 inner step", "step": 1, "ci95": float("nan"), "tasks": NUM_TASKS}
-        shared |= {"protocol": f"median of {options.repeats}", "seeds": 0, "meta_updates": 0}
-        rows.append(report.Row(metric="milliseconds per meta-update", mean=median, **shared))
-        rows.append(report.Row(metric="relative to by hand", mean=median / next(iter(medians.values())), **shared))
-    path = options.out / "results.json"
-    config = dataclasses.asdict(options) | {"out": str(options.out)}
-    report.write_results(path, experiment="overhead", config=config, rows=rows, seconds=time.monotonic() - started)
-    text = report.markdown(report.read_results(path))
-    write_atomically(options.out / "report.md", text)
-    print(text)
-    return 0
+    for name, median in times.items():
+        shared = {"method": name, "setting": "sinusoid, 1 inner step", "step": 1, "tasks": NUM_TASKS}
+        shared |= {"protocol": f"median of {options.repeats}", **harness.UNTRAINED}
+        rows.append(report.Row(metric="milliseconds per meta-update", mean=median / options.updates, **shared))
+        rows.append(report.Row(metric="relative to by hand", mean=median / next(iter(times.values())), **shared))
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    return harness.main("overhead", Options, measure, argv)
 
 
 if __name__ == "__main__":

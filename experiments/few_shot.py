@@ -7,7 +7,6 @@ never saw, after 0 to 10 steps of gradient descent on their labelled images.
 import dataclasses
 import functools
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,17 +17,21 @@ import optax
 import runner
 from jax import Array
 from jax.tree_util import Partial
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from mamljax import models, report
 from mamljax.baselines.pretrain import pretrain
-from mamljax.data.bank import Bank
+from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
+from mamljax.data.folders import image_folders, split_folders
+from mamljax.data.miniimagenet import miniimagenet
 from mamljax.data.omniglot import Split, omniglot, split_omniglot
 from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import accuracy, cross_entropy
-from mamljax.maml import maml
+from mamljax.maml import fine_tune, maml
 from mamljax.rules import all_but
-from mamljax.tasks.images import episodes
-from mamljax.types import MetaLearner, Model, State
+from mamljax.tasks.images import episodes, inductive, labelled
+from mamljax.types import MetaLearner, Model, State, as_argument
 
 SOURCE = "Finn et al. 2017, table 1"
 PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
@@ -49,7 +52,9 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
 }
 NORM_PARAMETERS = ("shift", "scale")  # of the outer loop alone
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
-Method = Literal["maml", "fomaml", "pretrained", "random"]
+EVAL_BATCH = 20  # episodes evaluated at a time
+TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tuning is tuned
+Method = Literal["maml", "fomaml", "pretrained", "random", "fine_tuning", "nearest_neighbour"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +64,8 @@ class Options(runner.Options):
     preset: str = "omniglot-5w1s"
     """Values for all options below and above, one preset for each cell of the paper's table."""
     method: tuple[Method, ...] = ("maml",)
-    """Methods, trained in this order."""
+    """Methods, trained in this order: MAML, first-order MAML, one network for all episodes, an untrained one; and a classifier
+    over all training classes, with its output layer renewed and everything fine-tuned, or its features compared."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -73,6 +79,10 @@ class Options(runner.Options):
     """Directory of prepared image banks; by default MAMLJAX_CACHE_DIR or ~/.cache/mamljax/banks."""
     split: Split = "seeded"
     """Characters of Omniglot for training, validation and test: 1100/100/423 at random, or those of Vinyals et al. 2016."""
+    image_size: int = 84
+    """Height and width in pixels to which images of your own are resized."""
+    channels: Literal[1, 3] = 3
+    """Grey or coloured images of your own."""
     network: Literal["strided_conv", "pooled_conv", "fully_connected"] = "strided_conv"
     """The Omniglot network, the miniImageNet network, or the one without convolutions."""
     filters: int = 64
@@ -114,10 +124,13 @@ class Options(runner.Options):
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Arithmetic of products, where the device has others than float32; parameters are always float32."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-    """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy."""
+    """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy after the training; the
+    first also serves for validation during it."""
     validate_every: int = 1_000
     log_every: int = 100
     checkpoint_seconds: float = 30.0
+
+    free = (*runner.Options.free, "data_dir", "cache_dir", "eval_steps", "eval_tasks")
 
 
 def _preset(name: str, **options: object) -> Options:
@@ -145,22 +158,31 @@ PRESETS = {
 
 
 class Data(NamedTuple):
-    """Samplers of training, validation and test episodes."""
+    """The samplers of a data set."""
 
-    train: Partial
+    train: Partial  # episodes
+    labelled: Partial  # batches of training images, labelled by their class
+    num_classes: int  # in training
     val: Partial
     test: Partial
+    image: Array  # [1, H, W, C] zeros, for its shape
+    checksum: str  # of all images
 
 
 def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
     jax.config.update("jax_default_matmul_precision", options.precision)
-    bank = load_bank(options)
-    data = samplers(options, bank)
-    rows = []
+    data = load(options)
+    rows, trained = [], {}
     for method in options.method:
-        states, num_updates = train(method, options, run, bank, data)
-        scores = test_scores(build_learner(method, options, options.eval_steps), states, data.test, options, seed=TEST_SEED)
+        states, num_updates = train(method, options, data, run)
+        if num_updates == 0 and method != "random":  # time ran out before
+            continue
+        lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
+        learner = build_learner(
+            method, options, data.image, num_classes=data.num_classes, eval_steps=options.eval_steps, inner_lr=lr
+        )
+        scores = accuracies(learner, states, data.test, num_tasks=eval_tasks(options), seed=TEST_SEED)
         mean, ci95 = mean_and_ci95(100 * scores)
         published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
         rows += report.rows_over_steps(
@@ -173,33 +195,60 @@ def execute(options: Options, run: runner.Run) -> None:
             tasks=eval_tasks(options),
             seeds=options.seeds,
             meta_updates=num_updates,
-            published={} if published is None else {options.test_steps: published},
+            published={} if published is None else {min(options.test_steps, len(mean) - 1): published},
             source=SOURCE,
+            note=f"step size {lr:g}" if method in TUNED else "",
         )
+        trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
     results = run.write(rows)
     report.learning_curves(results, options.out / "learning_curves.png")
+    report.training_curves({method: run.directory(method) for method in run.results}, options.out / "training_curves.png")
+    for method in ("maml", "fomaml"):
+        if method in trained:
+            draw_episodes(options, data, *trained[method], options.out / f"episodes_{method}.png")
 
 
-def load_bank(options: Options) -> Bank:
-    """Open the images of `--dataset`."""
-    return omniglot(options.data_dir, options.cache_dir)
-
-
-def samplers(options: Options, bank: Bank) -> Data:
-    """Build the samplers of the three splits."""
-    split = split_omniglot(bank.names, options.split)
+def load(options: Options) -> Data:
+    """Open the images of `--dataset` and build the samplers of its three splits."""
+    if options.dataset == "omniglot":
+        bank = omniglot(options.data_dir, options.cache_dir)
+        split = split_omniglot(bank.names, options.split)
+    elif options.dataset == "miniimagenet":
+        bank = miniimagenet(options.data_dir, options.cache_dir)
+        split = split_folders(bank.names)
+    else:
+        if options.data_dir is None:
+            raise ValueError("--dataset folder needs --data-dir, a folder of class folders or of train/, val/ and test/.")
+        bank = image_folders(options.data_dir, options.cache_dir, size=options.image_size, channels=options.channels)
+        split = split_folders(bank.names)
+    episode = {"ways": options.ways, "shots": options.shots, "rotations": options.dataset == "omniglot"}
+    wrap = inductive if options.statistics == "inductive" else as_argument
 
     def sampler(part: str, queries: int) -> Partial:
-        return episodes(
-            bank.images[split[part]],
-            counts=bank.counts[split[part]],
-            ways=options.ways,
-            shots=options.shots,
-            queries=queries,
-            rotations=options.dataset == "omniglot",
-        )
+        images, counts = bank.images[split[part]], bank.counts[split[part]]
+        try:
+            return wrap(episodes(images, counts=counts, queries=queries, **episode))
+        except ValueError as error:
+            raise ValueError(f"the {part} split of {options.dataset}: {error}") from error
 
-    return Data(sampler("train", options.queries), *(sampler(part, eval_queries(options)) for part in ("val", "test")))
+    train = sampler("train", options.queries)
+    images, counts = jax.tree.leaves(train)
+    number = options.ways * (options.shots + options.queries)
+    return Data(
+        train=train,
+        labelled=labelled(images, number=number, rotations=episode["rotations"], counts=counts),
+        num_classes=len(counts),
+        val=sampler("val", eval_queries(options)),
+        test=sampler("test", eval_queries(options)),
+        image=jnp.zeros(image_shape(options)),
+        checksum=bank.checksum,
+    )
+
+
+def image_shape(options: Options) -> tuple[int, int, int, int]:
+    """The shape of one image, [1, H, W, C]."""
+    own = (1, options.image_size, options.image_size, options.channels)
+    return {"omniglot": (1, 28, 28, 1), "miniimagenet": (1, 84, 84, 3), "folder": own}[options.dataset]
 
 
 def eval_queries(options: Options) -> int:
@@ -212,59 +261,117 @@ def eval_tasks(options: Options) -> int:
     return options.eval_tasks or (600 if options.protocol == "paper" else 6000)
 
 
-def build_network(options: Options, image: Array) -> Model:
-    """Build the network for images like [1, H, W, C]."""
-    use_scale = options.norm == "scale_and_shift"
+def build_network(options: Options, image: Array, ways: int | None) -> Model:
+    """Build the network for images like [1, H, W, C]; without ways, its features alone."""
+    norm = functools.partial(
+        models.BatchStatNorm,
+        use_scale=options.norm == "scale_and_shift",
+        reference=options.ways * options.shots if options.statistics == "inductive" else None,
+    )
     modules = {
-        "strided_conv": models.StridedConvNet(options.ways, options.filters, use_scale=use_scale),
-        "pooled_conv": models.PooledConvNet(options.ways, options.filters, use_scale=use_scale),
-        "fully_connected": models.FullyConnectedNet(options.ways, use_scale=use_scale),
+        "strided_conv": models.StridedConvNet(ways, options.filters, norm=norm),
+        "pooled_conv": models.PooledConvNet(ways, options.filters, norm=norm),
+        "fully_connected": models.FullyConnectedNet(ways, norm=norm),
     }
     return models.from_linen(modules[options.network], image)
 
 
-@functools.lru_cache
-def build_learner(method: Method, options: Options, eval_steps: int) -> MetaLearner:
-    """Build the learner of a method."""
-    shape = (1, 28, 28, 1) if options.dataset == "omniglot" else (1, 84, 84, 3)
-    model = build_network(options, jnp.zeros(shape))
+def build_learner(
+    method: Method, options: Options, image: Array, *, num_classes: int, eval_steps: int, inner_lr: float
+) -> MetaLearner:
+    """Build the learner of a method, for images like [1, H, W, C] of so many classes in training."""
     tx = optax.adam(options.meta_lr)
     tx = tx if options.clip is None else optax.chain(optax.clip(options.clip), tx)
-    shared = {
-        "rule": all_but(NORM_PARAMETERS, options.inner_lr),
-        "eval_steps": eval_steps,
-        "tx": tx,
-        "metric_fns": {"accuracy": accuracy},
-    }
+    shared = {"tx": tx, "metric_fns": {"accuracy": accuracy}, "chunk_size": options.chunk_size}
+    adaptation = {"rule": all_but(NORM_PARAMETERS, inner_lr), "eval_steps": eval_steps}
+    if method in ("fine_tuning", "nearest_neighbour"):
+        features = build_network(options, image, None)
+        shared |= {"num_classes": num_classes, "ways": options.ways}
+        if method == "nearest_neighbour":
+            return nearest_neighbour(features, image, cross_entropy, **shared)
+        return fine_tuning(features, image, cross_entropy, **adaptation, **shared)
+    network = build_network(options, image, options.ways)
     if method in ("maml", "fomaml"):
         differentiation = "first_order" if method == "fomaml" else options.differentiation
-        shared |= {"inner_steps": options.inner_steps, "differentiation": differentiation, "chunk_size": options.chunk_size}
-        return maml(model, cross_entropy, **shared)
-    return pretrain(model, cross_entropy, **shared)
+        adaptation |= {"inner_steps": options.inner_steps, "differentiation": differentiation}
+        return maml(network, cross_entropy, **adaptation, **shared)
+    return pretrain(network, cross_entropy, **adaptation, **shared)
 
 
-def train(method: Method, options: Options, run: runner.Run, bank: Bank, data: Data) -> tuple[State, int]:
+def train(method: Method, options: Options, data: Data, run: runner.Run) -> tuple[State, int]:
     """Train a method from every seed; returns the best states [seeds] and the number of meta-updates done."""
-    learner = build_learner(method, options, options.test_steps)
+    lr = options.tuning_lrs[0] if method in TUNED else options.inner_lr
+    learner = build_learner(
+        method, options, data.image, num_classes=data.num_classes, eval_steps=options.test_steps, inner_lr=lr
+    )
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
 
     def validation_error(sample: Partial, state: State) -> Array:
         key = jax.random.key(VALIDATION_SEED)
-        scores = evaluate(learner, state, sample, key=key, num_tasks=options.validation_tasks, batch_size=20)
-        return 1 - scores["accuracy"][:, options.test_steps].mean()
+        scores = evaluate(learner, state, sample, key=key, num_tasks=options.validation_tasks, batch_size=EVAL_BATCH)
+        return 1 - scores["accuracy"][:, -1].mean()
 
-    config = {"bank": bank.checksum}
-    result = run.train(method, learner, data.train, validate_fn=Partial(validation_error, data.val), config=config)
+    sample = data.labelled if method in ("fine_tuning", "nearest_neighbour") else data.train
+    config = {"bank": data.checksum}
+    result = run.train(method, learner, sample, validate_fn=Partial(validation_error, data.val), config=config)
     return result.best, result.num_updates
 
 
-def test_scores(learner: MetaLearner, states: State, sample: Partial, options: Options, *, seed: int) -> np.ndarray:
-    """Accuracy before and after each step: [seeds, tasks, S + 1]."""
-    key = jax.random.key(seed)
-    seeds = [jax.tree.map(lambda leaf, i=i: leaf[i], states) for i in range(options.seeds)]
-    scores = [evaluate(learner, state, sample, key=key, num_tasks=eval_tasks(options), batch_size=20) for state in seeds]
-    return np.stack([score["accuracy"] for score in scores])
+def accuracies(learner: MetaLearner, states: State, sample: Partial, *, num_tasks: int, seed: int) -> np.ndarray:
+    """Accuracy of states [seeds] on the query sets, before and after each step: [seeds, num_tasks, S + 1]."""
+    scores = []
+    for number in range(len(jax.tree.leaves(states)[0])):
+        state = jax.tree.map(lambda leaf, number=number: leaf[number], states)
+        key = jax.random.key(seed)
+        scores.append(evaluate(learner, state, sample, key=key, num_tasks=num_tasks, batch_size=EVAL_BATCH)["accuracy"])
+    return np.stack(scores)
+
+
+def tuned_lr(method: Method, options: Options, data: Data, states: State) -> float:
+    """The step size of fine-tuning with the best mean accuracy on validation episodes, after as many steps as the paper's."""
+
+    def score(lr: float) -> float:
+        learner = build_learner(
+            method, options, data.image, num_classes=data.num_classes, eval_steps=options.test_steps, inner_lr=lr
+        )
+        scores = accuracies(learner, states, data.val, num_tasks=options.validation_tasks, seed=VALIDATION_SEED)
+        return scores[..., -1].mean()
+
+    return max(options.tuning_lrs, key=score)
+
+
+def draw_episodes(options: Options, data: Data, state: State, lr: float, path: Path, *, count: int = 4) -> None:
+    """Draw test episodes: support images, then query images with their prediction before and after adaptation."""
+    network, rule = build_network(options, data.image, options.ways), all_but(NORM_PARAMETERS, lr)
+    shown = min(options.ways, 5)  # classes, one image of each
+    figure = Figure(figsize=(1.2 * 2 * shown + 1, 1.75 * count), layout="constrained")
+    panels = figure.subplots(count, 2 * shown, squeeze=False)
+    for number, row in enumerate(panels):
+        task = data.test(jax.random.fold_in(jax.random.key(TEST_SEED), number))
+        _, path_of_params = fine_tune(network, cross_entropy, state.params, task.support, rule, options.test_steps)
+        before, after = (jax.tree.map(lambda leaf, i=i: leaf[i], path_of_params) for i in (0, -1))
+        guesses = np.array([network.apply(params, task.query.x).argmax(-1) for params in (before, after)])
+        labels = np.asarray(task.query.y)
+        for label in range(shown):
+            first = int((np.asarray(task.support.y) == label).argmax())
+            _draw_image(row[label], task.support.x[first], f"class {label}", "black")
+            query = int((labels == label).argmax())
+            old, new = guesses[:, query]
+            _draw_image(row[shown + label], task.query.x[query], f"{old} → {new}", "C2" if new == label else "C3")
+        row[0].set_ylabel(f"episode {number + 1}")
+        row[shown].set_ylabel("queries")
+    figure.suptitle(
+        f"Test episodes: the support set's classes; queries 0 to {shown - 1}, with the class predicted "
+        f"before → after {options.test_steps} steps"
+    )
+    figure.savefig(path, dpi=100)
+
+
+def _draw_image(axes: Axes, image: Array, title: str, colour: str) -> None:
+    axes.imshow(np.asarray(image).squeeze(), cmap="gray_r", vmin=0, vmax=1)
+    axes.set_title(title, color=colour, fontsize="medium")
+    axes.set(xticks=[], yticks=[])
 
 
 if __name__ == "__main__":

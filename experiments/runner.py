@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ import tyro
 from mamljax import report
 from mamljax.checkpoint import CheckpointError, claim_directory
 from mamljax.checks import check_count
+from mamljax.data.bank import DataError
 from mamljax.files import write_atomically
 from mamljax.train import DivergenceError, Result, fit
 from mamljax.types import MetaLearner
@@ -54,10 +55,12 @@ class Options:
     tensorboard: bool = False
     """Write TensorBoard event files as well, to OUT/checkpoints/METHOD/tensorboard."""
 
+    # Options that do not decide how a training goes, so that they may change when it is resumed.
+    free: ClassVar[tuple[str, ...]] = (
+        *("preset", "method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard"),
+        *("eval_shots", "tuning_lrs"),
+    )
 
-# Options that do not decide how a training goes, so that they may change when it is resumed.
-FREE_OPTIONS = {"preset", "method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard"}
-FREE_OPTIONS |= {"eval_shots", "eval_queries", "eval_tasks", "tuning_lrs", "data_dir", "cache_dir", "eval_steps"}
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 
@@ -77,7 +80,7 @@ class Run:
         self.config = {
             key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(options).items()
         }
-        fixed = {key: value for key, value in self.config.items() if key not in FREE_OPTIONS}
+        fixed = {key: value for key, value in self.config.items() if key not in options.free}
         claim_directory(options.out, {"experiment": experiment, **fixed})
         self.keys = jax.vmap(jax.random.key)(options.seed + jnp.arange(options.seeds))
         self._started = time.monotonic()
@@ -93,7 +96,7 @@ class Run:
             num_tasks=options.num_tasks,
             log_every=options.log_every,
             validate_every=options.validate_every,
-            directory=options.out / "checkpoints" / method,
+            directory=self.directory(method),
             checkpoint_seconds=options.checkpoint_seconds,
             max_seconds=60 * options.max_minutes - (time.monotonic() - self._started),
             label=method,
@@ -102,6 +105,10 @@ class Run:
         )
         self.results[method] = result
         return result
+
+    def directory(self, method: str) -> Path:
+        """Where the checkpoints and the log of a method lie."""
+        return self.options.out / "checkpoints" / method
 
     def write(self, rows: Sequence[report.Row]) -> Mapping[str, Any]:
         """Write `results.json` and `report.md`, show the tables, and say how to go on if time ran out."""
@@ -166,7 +173,7 @@ def main(
         message = f"cannot write to {error.filename or options.out}: {error.strerror}"
         print(f"error: {message}. Make room, or choose another --out; what was saved before is kept.", file=sys.stderr)
         return 2
-    except (ValueError, CheckpointError, DivergenceError, report.ResultsError) as error:
+    except (ValueError, CheckpointError, DataError, DivergenceError, report.ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

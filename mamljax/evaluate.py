@@ -5,12 +5,11 @@ import functools
 import jax
 import numpy as np
 from jax import Array, lax
-from jax.tree_util import Partial
 from jax.typing import ArrayLike
 from scipy import stats
 
 from mamljax.checks import check_count
-from mamljax.types import MetaLearner, Metrics, SampleFn, State
+from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_argument
 
 
 def evaluate(
@@ -44,7 +43,9 @@ def evaluate(
     batch_size = num_tasks if batch_size is None else batch_size
     check_count("batch_size", batch_size)
 
-    return _evaluate(state, key, Partial(sample), learner=learner, num_tasks=num_tasks, batch_size=min(batch_size, num_tasks))
+    return _evaluate(
+        state, key, as_argument(sample), learner=learner, num_tasks=num_tasks, batch_size=min(batch_size, num_tasks)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("learner", "num_tasks", "batch_size"))

@@ -1,4 +1,7 @@
-"""Losses and metrics: (outputs, targets) -> scalar, the mean over examples."""
+"""Losses and metrics: (outputs, targets) -> scalar, the mean over examples.
+
+An example whose class label is negative is unlabelled: the network sees it, but it does not count.
+"""
 
 import jax.numpy as jnp
 import optax
@@ -19,13 +22,14 @@ def mse(outputs: Array, targets: Array) -> Array:
 
 
 def cross_entropy(logits: Array, labels: Array) -> Array:
-    """Mean cross-entropy in nats; logits [n, N] float, labels [n] integer in 0..N-1.
+    """Mean cross-entropy in nats; logits [n, N] float, labels [n] integer in 0..N-1, or -1 for examples without a label.
 
     >>> round(float(cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, 1]))), 4)
     0.6931
     """
     _check_labels(logits, labels)
-    return jnp.mean(optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels))
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    return jnp.mean(losses, where=labels >= 0)
 
 
 def accuracy(logits: Array, labels: Array) -> Array:
@@ -35,7 +39,7 @@ def accuracy(logits: Array, labels: Array) -> Array:
     0.5
     """
     _check_labels(logits, labels)
-    return jnp.mean(jnp.argmax(logits, axis=-1) == labels)
+    return jnp.mean(jnp.argmax(logits, axis=-1) == labels, where=labels >= 0)
 
 
 def _check_labels(logits: Array, labels: Array) -> None:

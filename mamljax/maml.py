@@ -44,8 +44,7 @@ def maml(
         chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
 
     Returns:
-        A meta-learner over tasks `Task(support, query)`; `evaluate` returns the `loss` and the metrics on the query set,
-        each [eval_steps + 1].
+        A meta-learner of `Task(support, query)`; `evaluate` returns `loss` and metrics of the query set, [eval_steps + 1].
 
     Raises:
         ValueError: a count below 1, a step size that is not positive and finite, a rule without finite meta-gradients;

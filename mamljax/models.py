@@ -51,21 +51,24 @@ def mlp(inputs: int, hidden_sizes: Sequence[int], outputs: int, *, kernel_init: 
 
 
 class BatchStatNorm(linen.Module):
-    """Normalise each channel by the mean and variance of the examples at hand, and keep no running averages.
+    r"""Normalise each channel by the mean and variance of the examples at hand, and keep no running averages.
 
-    $y = (x - \\mu) / \\sqrt{\\sigma^2 + \\epsilon} + \\beta$, with $\\mu, \\sigma^2$ over all axes but the last. A network that has it
-    is *transductive*: what it predicts for one example depends on the others.
+    $y = (x - \mu) / \sqrt{\sigma^2 + \epsilon} + \beta$, with $\mu, \sigma^2$ over all axes but the last. As it is, a network
+    that has it is *transductive*: what it predicts for one example depends on the others. With `reference` set to the size of
+    the support set, and query sets from `tasks.images.inductive`, it is *inductive*: the support set alone decides.
     """
 
     use_scale: bool = False  # the authors' code has a shift only
+    reference: int | None = None  # how many examples, the first ones, the statistics are of; by default all
     epsilon: float = 1e-3
 
     @linen.compact
     def __call__(self, x: Array) -> Array:
         """Normalise [n, ..., C]."""
         axes = tuple(range(x.ndim - 1))
-        centred = x - x.mean(axes, keepdims=True)
-        y = centred * lax.rsqrt((centred * centred).mean(axes, keepdims=True) + self.epsilon)
+        x = x - x[: self.reference].mean(axes, keepdims=True)
+        reference = x[: self.reference]
+        y = x * lax.rsqrt((reference * reference).mean(axes, keepdims=True) + self.epsilon)
         if self.use_scale:
             y = y * _channels(self.param("scale", linen.initializers.ones, x.shape[-1:]), x.ndim)
         return y + _channels(self.param("shift", linen.initializers.zeros, x.shape[-1:]), x.ndim)
@@ -110,43 +113,45 @@ def _channels(values: Array, ndim: int) -> Array:
 class StridedConvNet(linen.Module):
     """The Omniglot network: blocks of [3x3 convolution of stride 2, normalisation, ReLU], mean over space, linear."""
 
-    ways: int
+    ways: int | None  # None for the features alone, [n, d]
     filters: int = 64
     blocks: int = 4
-    use_scale: bool = False
+    norm: Callable[[], linen.Module] = BatchStatNorm
 
     @linen.compact
     def __call__(self, x: Array) -> Array:
         """Classify images [n, H, W, C] in [0, 1]; returns logits [n, ways]."""
         for _ in range(self.blocks):
-            x = linen.relu(BatchStatNorm(self.use_scale)(PatchConv(self.filters, stride=2)(x)))
-        return linen.Dense(self.ways, kernel_init=linen.initializers.normal(1.0))(x.mean((1, 2)))
+            x = linen.relu(self.norm()(PatchConv(self.filters, stride=2)(x)))
+        x = x.mean((1, 2))
+        return x if self.ways is None else linen.Dense(self.ways, kernel_init=linen.initializers.normal(1.0))(x)
 
 
 class PooledConvNet(linen.Module):
     """The miniImageNet network: blocks of [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], linear."""
 
-    ways: int
+    ways: int | None  # None for the features alone, [n, d]
     filters: int = 32
     blocks: int = 4
-    use_scale: bool = False
+    norm: Callable[[], linen.Module] = BatchStatNorm
 
     @linen.compact
     def __call__(self, x: Array) -> Array:
         """Classify images [n, H, W, C] in [0, 1]; returns logits [n, ways]."""
         for _ in range(self.blocks):
-            x = linen.relu(BatchStatNorm(self.use_scale)(PatchConv(self.filters)(x)))
+            x = linen.relu(self.norm()(PatchConv(self.filters)(x)))
             n, height, width, channels = x.shape
             x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(n, height // 2, 2, width // 2, 2, channels).max((2, 4))
-        return linen.Dense(self.ways, kernel_init=linen.initializers.glorot_uniform())(x.reshape(len(x), -1))
+        x = x.reshape(len(x), -1)
+        return x if self.ways is None else linen.Dense(self.ways, kernel_init=linen.initializers.glorot_uniform())(x)
 
 
 class FullyConnectedNet(linen.Module):
     """The Omniglot network without convolutions: layers of [linear, normalisation, ReLU], linear."""
 
-    ways: int
+    ways: int | None  # None for the features alone, [n, d]
     hidden_sizes: Sequence[int] = (256, 128, 64, 64)
-    use_scale: bool = False
+    norm: Callable[[], linen.Module] = BatchStatNorm
 
     @linen.compact
     def __call__(self, x: Array) -> Array:
@@ -154,8 +159,8 @@ class FullyConnectedNet(linen.Module):
         kernel_init = linen.initializers.truncated_normal(0.01)
         x = x.reshape(len(x), -1)
         for size in self.hidden_sizes:
-            x = linen.relu(BatchStatNorm(self.use_scale)(linen.Dense(size, kernel_init=kernel_init)(x)))
-        return linen.Dense(self.ways, kernel_init=kernel_init)(x)
+            x = linen.relu(self.norm()(linen.Dense(size, kernel_init=kernel_init)(x)))
+        return x if self.ways is None else linen.Dense(self.ways, kernel_init=kernel_init)(x)
 
 
 def from_linen(module: linen.Module, x: Array) -> Model:

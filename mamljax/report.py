@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from mamljax.files import write_atomically
+from mamljax.record import read_metrics
 
 PACKAGES = ("mamljax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -178,6 +179,30 @@ def learning_curves(results: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def training_curves(directories: Mapping[str, Path], path: Path) -> None:
+    """Draw the loss and the validation error of each method over its meta-updates.
+
+    Args:
+        directories: where the `metrics.jsonl` of each method lies.
+        path: where to write the figure; none is drawn if there is nothing to draw.
+    """
+    from matplotlib.figure import Figure
+
+    logs = {method: read_metrics(directory / "metrics.jsonl") for method, directory in directories.items()}
+    names = [name for name in ("loss", "validation_error") if any(name in line for log in logs.values() for line in log)]
+    if not names:
+        return
+    figure = Figure(figsize=(1 + 5 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for method, log in logs.items():
+            points = [(line["update"], line[name]) for line in log if line.get(name) is not None]
+            axes.plot(*np.array(points).reshape(-1, 2).T, label=method)
+        axes.set(xlabel="meta-updates", ylabel=name.replace("_", " "), yscale="log")
+        axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(logs))
+    figure.savefig(path, dpi=100)
+
+
 def _group(row: Row) -> tuple[str, str, str]:
     return row.setting, row.metric, row.method
 
@@ -215,13 +240,14 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def _cell(row: Row) -> str:
-    interval = "" if row.ci95 is None else f" ± {_number(row.ci95)}"
+    interval = "" if row.ci95 is None else f" ± {_number(row.ci95, like=row.mean)}"
     cell = "diverged" if row.mean is None else _number(row.mean) + interval
     return cell if row.published is None else f"{cell} ({row.published:g})"
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
+def _number(value: float, *, like: float | None = None) -> str:
+    """Three decimals below 10, else one; an interval has as many as the mean it belongs to."""
+    return f"{value:.3f}" if abs(value if like is None else like) < 10 else f"{value:.1f}"
 
 
 def _plural(count: int, noun: str) -> str:

@@ -90,7 +90,10 @@ def all_but(frozen: Sequence[str], rule: Rule) -> optax.GradientTransformation:
 
     Args:
         frozen: last parts of parameter paths, ("shift", "scale") for those of `models.BatchStatNorm`.
-        rule: what the others follow.
+        rule: what the others follow, a step size or an Optax transformation.
+
+    Raises:
+        ValueError: the step size is not positive and finite.
 
     >>> params = {"Dense_0": {"kernel": jnp.ones(2)}, "Norm_0": {"shift": jnp.ones(2)}}
     >>> rule = all_but(["shift"], 0.5)
@@ -101,5 +104,5 @@ def all_but(frozen: Sequence[str], rule: Rule) -> optax.GradientTransformation:
     def labels(params: PyTree) -> PyTree:
         return jax.tree.map_with_path(lambda path, _: "frozen" if path[-1].key in frozen else "adapted", params)
 
-    rule = optax.sgd(rule) if isinstance(rule, numbers.Real) else rule
-    return optax.partition({"frozen": optax.set_to_zero(), "adapted": rule}, labels)
+    adapted = as_rule(rule, {}, differentiable=False)  # whoever uses it checks its derivatives
+    return optax.partition({"frozen": optax.set_to_zero(), "adapted": adapted}, labels)

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import json
 import signal
 import sys
 import threading
@@ -14,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.tree_util import Partial
 from tqdm import tqdm
 
-from mamljax.checkpoint import CheckpointError
+from mamljax.checkpoint import CheckpointError, Checkpoints
 from mamljax.checks import check_count
 from mamljax.record import Record
-from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_argument
 
 
 class Progress(NamedTuple):
@@ -107,7 +107,7 @@ def fit(
     updates = over_seeds(meta_updates(learner, num_tasks, log_every), (0, 0, None, None, None))
     run = jax.jit(updates, donate_argnums=0)
     validate = jax.jit(over_seeds(_validate, (0, None)))
-    sample, validate_fn = Partial(sample), validate_fn and Partial(validate_fn)  # their arrays become arguments
+    sample, validate_fn = as_argument(sample), validate_fn and as_argument(validate_fn)
 
     decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
     with contextlib.ExitStack() as stack:
@@ -146,6 +146,32 @@ def fit(
     if interrupted.is_set():
         raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where}")
     return Result(now.state, jax.jit(over_seeds(_best))(now), done, record.seconds)
+
+
+def read_best(learner: MetaLearner, directory: str | Path, *, seeds: int) -> State:
+    """Read the best state of a run that `fit` has saved.
+
+    Args:
+        learner: as it was trained.
+        directory: that of the run.
+        seeds: how many keys it was trained from.
+
+    Returns:
+        The state, every leaf with a leading axis [seeds].
+
+    Raises:
+        CheckpointError: there is no run, or it is one of another model or method; the first difference is named.
+    """
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{directory} holds no training run ({error}). Train first, or choose another one.") from error
+    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
+    saved = Checkpoints(directory, config).restore(jax.eval_shape(jax.vmap(functools.partial(_start, learner)), keys))
+    if saved is None:
+        raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
+    return jax.vmap(_best)(saved[1])
 
 
 def _check_key(key: Array) -> None:

@@ -8,11 +8,17 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax import Array
+from jax.tree_util import Partial
 
 PyTree = Any
 Metrics = dict[str, Array]
 LossFn = Callable[[Array, Array], Array]  # (outputs [n, ...], targets [n, ...]) -> scalar
 SampleFn = Callable[[Array], PyTree]  # key -> one task; mapped over a meta-batch
+
+
+def as_argument(fn: Callable) -> Partial:
+    """Make a function an argument of compiled programs; the arrays of a `Partial` are then arguments too, not constants."""
+    return fn if isinstance(fn, Partial) else Partial(fn)
 
 
 class Examples(NamedTuple):

@@ -14,6 +14,7 @@ ALLOWED = {
     "files": set(),
     "checks": {"types"},
     "losses": {"types"},
+    "data": FOUNDATION,
     "models": {"types", "checks"},
     "inner": {"types"},
     "rules": {"types", "inner"},
@@ -23,7 +24,7 @@ ALLOWED = {
     "record": FOUNDATION | {"checkpoint"},
     "train": FOUNDATION | {"checkpoint", "record"},
     "evaluate": FOUNDATION,
-    "report": FOUNDATION,
+    "report": FOUNDATION | {"record"},
     "maml": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
     "baselines": FOUNDATION | {"losses", "models", "inner", "rules", "outer", "maml"},
 }

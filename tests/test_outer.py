@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from mamljax.outer import meta_learner
 from mamljax.types import State
@@ -62,3 +63,20 @@ def test_extra_state_is_left_alone():
     before = State(jnp.float32(3.0), learner.init(KEY).opt, extra={"count": jnp.int32(4)})
     after, _ = learner.update(KEY, before, jnp.ones(2))
     assert after.extra == {"count": 4}
+
+
+def test_chunks_of_tasks_give_the_same_update():
+    tasks = jax.random.normal(KEY, (6, 4))
+    results = []
+    for chunk_size in (None, 6, 3, 2, 1):
+        learner = learner_with(lambda params, task: jnp.sin(params * task).sum(), chunk_size=chunk_size)
+        state, metrics = jax.jit(learner.update)(KEY, learner.init(KEY), tasks)
+        results.append((state.params, metrics["loss"], metrics["grad_norm"]))
+    np.testing.assert_allclose(results, [results[0]] * 5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 0, -1, 12])
+def test_chunk_size_must_divide_the_meta_batch(chunk_size):
+    learner = learner_with(lambda params, task: params * task, chunk_size=chunk_size)
+    with pytest.raises(ValueError, match=f"chunk_size must divide the number of tasks in a meta-batch, 6, got {chunk_size}"):
+        learner.update(KEY, learner.init(KEY), jnp.ones(6))

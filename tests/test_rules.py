@@ -10,7 +10,7 @@ from mamljax.inner import adapt
 from mamljax.losses import mse
 from mamljax.maml import maml
 from mamljax.models import mlp
-from mamljax.rules import as_rule, learned_step_sizes
+from mamljax.rules import all_but, as_rule, learned_step_sizes
 from mamljax.types import Examples, Task
 
 PARAMS = {"a": jnp.ones(2), "b": jnp.ones(3)}
@@ -99,3 +99,23 @@ def test_maml_learns_step_sizes():
     tasks = Task(*[Examples(x, jnp.sin(x))] * 2)
     state, _ = jax.jit(learner.update)(jax.random.key(0), learner.init(jax.random.key(0)), tasks)
     assert any((leaf != 0.01).any() for leaf in jax.tree.leaves(state.params["alpha"]))
+
+
+def test_all_but_leaves_the_named_parameters_to_the_outer_loop():
+    params = {"Conv": {"kernel": jnp.ones(2)}, "Norm": {"shift": jnp.ones(2), "scale": jnp.ones(2)}}
+
+    def loss_fn(params, entry):
+        return (params["Conv"]["kernel"] * params["Norm"]["scale"] * entry + params["Norm"]["shift"]).sum()
+
+    rule = all_but(("shift", "scale"), 0.5)
+    final, _ = adapt(loss_fn, params, jnp.array([2.0]), rule)
+    np.testing.assert_allclose(final["Conv"]["kernel"], 1 - 0.5 * 2)
+    np.testing.assert_array_equal(final["Norm"]["shift"], params["Norm"]["shift"])
+    np.testing.assert_array_equal(final["Norm"]["scale"], params["Norm"]["scale"])
+    meta_gradient = jax.grad(lambda params: adapt(loss_fn, params, jnp.array([2.0]), rule)[0]["Conv"]["kernel"].sum())(params)
+    np.testing.assert_allclose(meta_gradient["Norm"]["scale"], -0.5 * 2)  # it reaches the frozen ones through the others
+
+
+def test_all_but_checks_its_step_size():
+    with pytest.raises(ValueError, match="positive and finite"):
+        all_but(("shift",), -1.0)

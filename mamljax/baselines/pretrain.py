@@ -21,6 +21,7 @@ def pretrain(
     eval_steps: int,
     tx: optax.GradientTransformation,
     metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
 ) -> MetaLearner:
     r"""Train one network on the examples of all tasks mixed, and fine-tune it in evaluation.
 
@@ -35,6 +36,7 @@ def pretrain(
         eval_steps: steps of fine-tuning in evaluation, 0 for none.
         tx: the outer optimiser.
         metric_fns: further (outputs, targets) -> scalar to report in evaluation, by name.
+        chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
 
     Returns:
         A meta-learner over tasks `Task(support, query)`. Training uses the support set alone, as the authors' code does;
@@ -53,4 +55,4 @@ def pretrain(
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
         return learning_curve(model, loss_fn, state.params, task, rule, eval_steps, metric_fns=metric_fns)
 
-    return meta_learner(model.init, task_loss, evaluate, tx=tx)
+    return meta_learner(model.init, task_loss, evaluate, tx=tx, chunk_size=chunk_size)

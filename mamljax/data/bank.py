@@ -4,14 +4,17 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import filelock
 import numpy as np
-from numpy.lib.format import open_memmap
+from numpy.lib import format as npy
+from tqdm import tqdm
 
 from mamljax.files import write_atomically
 
@@ -28,7 +31,7 @@ class Bank(NamedTuple):
 
 
 class Source(NamedTuple):
-    """What a bank is made of."""
+    """What a bank is made of. Reading it raises `DataError`, never `OSError`, which is the bank's own."""
 
     names: tuple[str, ...]  # of the classes
     counts: tuple[int, ...]  # images of each class
@@ -57,7 +60,7 @@ def prepared_bank(name: str, source: Callable[[], Source], cache_dir: str | Path
         cache_dir: where banks lie, by default `default_cache_dir()`.
 
     Raises:
-        DataError: whatever is wrong with the source; or the directory cannot be written.
+        DataError: whatever is wrong with the source; or the bank cannot be written.
     """
     cache_dir = default_cache_dir() if cache_dir is None else Path(cache_dir)
     directory = cache_dir / name
@@ -83,33 +86,83 @@ def open_bank(directory: Path) -> Bank | None:
     """Map the images of a bank into memory; None if it is not there, not whole, or of another format."""
     try:
         meta = json.loads((directory / "bank.json").read_text())
-        images = np.load(directory / "images.npy", mmap_mode="r")
-    except (OSError, ValueError):
+        images = npy.open_memmap(directory / "images.npy", mode="r")
+        size = (directory / "images.npy").stat().st_size
+        sound = meta["format"] == FORMAT and list(images.shape) == meta["shape"] and images.dtype == np.uint8
+        if not sound or size != images.offset + images.nbytes:
+            return None
+        return Bank(images, np.array(meta["counts"], np.int32), tuple(meta["names"]), meta["sha256"])
+    except (OSError, ValueError, TypeError, KeyError):
         return None
-    if meta["format"] != FORMAT or list(images.shape) != meta["shape"]:
-        return None
-    return Bank(images, np.array(meta["counts"], np.int32), tuple(meta["names"]), meta["sha256"])
+
+
+def verify(bank: Bank) -> None:
+    """Read all images and compare them with the checksum of what was written; seconds for a large bank.
+
+    Raises:
+        DataError: they differ; opening a bank looks at its size alone.
+    """
+    digest = hashlib.sha256()
+    for images in bank.images:
+        digest.update(np.ascontiguousarray(images))
+    if digest.hexdigest() != bank.checksum:
+        file = getattr(bank.images, "filename", None)
+        place = "in memory" if file is None else Path(file).parent
+        raise DataError(
+            f"the images of the bank {place} have the checksum {digest.hexdigest()}, but {bank.checksum} when they were made. "
+            "Delete it, so that it is made again."
+        )
 
 
 def _make_bank(directory: Path, source: Source) -> None:
     draft = directory.with_name(directory.name + ".draft")
-    for leftover in (draft, directory):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
     draft.mkdir()
+    try:
+        meta = _write_images(draft / "images.npy", source, label=f"preparing {directory.name}")
+        write_atomically(draft / "bank.json", json.dumps(meta) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)  # one that open_bank() refused
+        draft.rename(directory)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def _write_images(path: Path, source: Source, label: str) -> dict[str, object]:
+    """Write all images, a class at a time, and return what to say of them in bank.json.
+
+    Not through a memory map, where a full disk is a fatal signal instead of an error.
+    """
     shape = (len(source.names), max(source.counts), *source.shape)
-    images = open_memmap(draft / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     digest = hashlib.sha256()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, drawn in enumerate(pool.map(source.read, range(len(source.names)))):
-            images[number, : len(drawn)] = drawn
-            digest.update(images[number])
-    images.flush()
-    meta = {
+    bar = tqdm(total=len(source.names), desc=label, unit="class", mininterval=0.2 if sys.stderr.isatty() else 5.0)
+    with path.open("wb") as file, bar:
+        npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        for count, drawn in zip(source.counts, _read_ahead(source), strict=True):
+            images = np.zeros(shape[1:], np.uint8)
+            images[:count] = drawn
+            file.write(images)
+            digest.update(images)
+            bar.update()
+        file.flush()
+        os.fsync(file.fileno())
+    return {
         "format": FORMAT,
         "shape": list(shape),
         "counts": list(source.counts),
         "sha256": digest.hexdigest(),
         "names": list(source.names),
     }
-    write_atomically(draft / "bank.json", json.dumps(meta) + "\n")
-    draft.rename(directory)
+
+
+def _read_ahead(source: Source) -> Iterator[np.ndarray]:
+    """Read the classes in order, in threads, which hold no more than a few classes at a time."""
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        ahead = deque()
+        for number in range(len(source.names)):
+            ahead.append(pool.submit(source.read, number))
+            if len(ahead) > threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()

@@ -1,18 +1,22 @@
 """Omniglot (Lake, Salakhutdinov, Tenenbaum 2015): 1,623 handwritten characters, 20 drawings of each."""
 
-import io
+import hashlib
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from mamljax.data.bank import Bank, DataError, Source, prepared_bank
+from mamljax.data.decoding import decode
+from mamljax.data.from_tfds import prepared_builder, read_examples
 
 SIZE = 28  # pixels, from 105
 DRAWINGS = 20  # of each character
 CHARACTERS = {"images_background": 964, "images_evaluation": 659}  # in each official archive
+WANTED = "images_background.zip and images_evaluation.zip"
 URL = "https://github.com/brendenlake/omniglot/tree/master/python"
 # The split of Vinyals et al. 2016 (matching networks): all alphabets but these are for training.
 VALIDATION_ALPHABETS = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
@@ -33,13 +37,15 @@ TEST_ALPHABETS = (
 LAST_GURMUKHI_FOR_TRAINING = "Gurmukhi/character41"  # the one alphabet that the split divides
 
 Split = Literal["seeded", "vinyals"]
+Contents = dict[str, dict[str, bytes]]  # the PNG files of each character "Alphabet/characterNN", by name and in its order
 
 
 def omniglot(data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Bank:
     """Open the bank of all 1,623 characters, 28x28x1, ink 255 on 0; made at the first call.
 
     It is made of the official archives `images_background.zip` and `images_evaluation.zip` if `data_dir` is given, or else
-    by TensorFlow Datasets, which downloads them. Images are resized by a Lanczos filter and inverted, as in the authors' code.
+    by TensorFlow Datasets, which downloads them; the bank is the same. Images are resized by a Lanczos filter and inverted, as
+    in the authors' code.
 
     Args:
         data_dir: directory of the two archives; not needed once the bank is made.
@@ -48,7 +54,7 @@ def omniglot(data_dir: str | Path | None = None, cache_dir: str | Path | None = 
     Raises:
         DataError: an archive is missing, broken or another one; or nothing can be downloaded.
     """
-    source = (lambda: _from_archives(Path(data_dir))) if data_dir else _from_tfds
+    source = _from_tfds if data_dir is None else lambda: _from_archives(Path(data_dir))
     return prepared_bank("omniglot-28", source, cache_dir)
 
 
@@ -76,47 +82,87 @@ def split_omniglot(names: tuple[str, ...], split: Split = "seeded", *, seed: int
 def _from_archives(data_dir: Path) -> Source:
     contents = {}
     for archive, expected in CHARACTERS.items():
-        path = data_dir / f"{archive}.zip"
-        characters = _read_archive(path)
-        drawings = {len(images) for images in characters.values()}
-        if len(characters) != expected or drawings != {DRAWINGS}:
-            raise DataError(
-                f"{path} should hold {expected} characters with {DRAWINGS} drawings each, found {len(characters)} characters "
-                f"with {sorted(drawings)} drawings. Download it again from {URL}."
-            )
+        characters = _read_archive(data_dir / f"{archive}.zip")
+        _check_counts(characters, expected, str(data_dir / f"{archive}.zip"))
         contents |= characters
-    names = tuple(sorted(contents))
-    return _source(names, lambda number: contents[names[number]])
+    return _source(contents)
 
 
-def _read_archive(path: Path) -> dict[str, list[bytes]]:
-    """The PNG files of each character, in the order of their names."""
+def _read_archive(path: Path) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
             characters = {}
             for name in sorted(archive.namelist()):
                 parts = name.split("/")
                 if name.endswith(".png") and len(parts) == 4:  # images_background/Alphabet/characterNN/NNNN_DD.png
-                    characters.setdefault("/".join(parts[1:3]), []).append(archive.read(name))
+                    characters.setdefault("/".join(parts[1:3]), {})[f"{name} of {path}"] = archive.read(name)
             return characters
     except FileNotFoundError as error:
-        wanted = " and ".join(f"{archive}.zip" for archive in CHARACTERS)
-        raise DataError(f"{path} is missing. Put {wanted} into {path.parent}; they are at {URL}.") from error
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
-        raise DataError(f"{path} is not a whole zip file ({error}). Download it again from {URL}.") from error
+        raise DataError(f"{path} is missing. Put {WANTED} into {path.parent}; they are at {URL}.") from error
+    except (OSError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"cannot read the zip file {path} ({error}). Download it again from {URL}.") from error
 
 
-def _source(names: tuple[str, ...], encoded: object) -> Source:
-    return Source(names, (DRAWINGS,) * len(names), (SIZE, SIZE, 1), lambda number: np.stack([_ink(x) for x in encoded(number)]))
+def _check_counts(characters: Contents, expected: int, place: str) -> None:
+    drawings = sorted({len(files) for files in characters.values()})
+    if len(characters) != expected or drawings != [DRAWINGS]:
+        raise DataError(
+            f"{place} should hold {expected} characters with {DRAWINGS} drawings each, found {len(characters)} characters with "
+            f"{' or '.join(map(str, drawings)) or 'no'} drawings. Download it again from {URL}."
+        )
 
 
-def _ink(png: bytes) -> np.ndarray:
-    """Decode, shrink and invert one drawing: [28, 28, 1] uint8."""
-    from PIL import Image
+def _source(contents: Contents) -> Source:
+    names = tuple(sorted(contents))
 
-    image = Image.open(io.BytesIO(png)).convert("L").resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-    return 255 - np.asarray(image)[..., None]
+    def read(number: int) -> np.ndarray:
+        files = contents[names[number]].items()
+        return np.stack([255 - decode(png, size=SIZE, channels=1, name=name) for name, png in files])  # ink is black there
+
+    return Source(names, (DRAWINGS,) * len(names), (SIZE, SIZE, 1), read)
 
 
 def _from_tfds() -> Source:
-    raise DataError("TFDS")
+    def create() -> Any:
+        import tensorflow_datasets as tfds
+
+        return tfds.builder("omniglot")
+
+    otherwise = f"Put {WANTED} ({URL}) into a directory and pass it with --data-dir."
+    builder = prepared_builder(create, name="Omniglot", otherwise=otherwise)
+    alphabets = builder.info.features["alphabet"].names
+    contents = {}
+    for split, expected in zip(("train", "test"), CHARACTERS.values(), strict=True):
+        characters = _in_archive_order(read_examples(builder, split), split, alphabets)
+        if characters is None:
+            raise DataError(
+                f"{builder.data_dir} is not Omniglot in its known order. Delete it to prepare it again. {otherwise}"
+            )
+        _check_counts(characters, expected, f"{split} of {builder.data_dir}")
+        contents |= characters
+    return _source(contents)
+
+
+def _in_archive_order(examples: Iterable[Mapping[str, Any]], split: str, alphabets: Sequence[str]) -> Contents | None:
+    """Bring the drawings, which TensorFlow Datasets has shuffled, into the order of their archive; None if that fails.
+
+    File names are not stored, but the order is that of the MD5 hashes of the split and a key that holds the file name, such
+    as "Greek_0_0394_01.png" for `Greek/character01/0394_01.png`. So the order tells the names.
+    """
+    found, pngs = [], []
+    for example in examples:
+        found.append((alphabets[example["alphabet"]], int(example["alphabet_char_id"]), int(example["label"])))
+        pngs.append(example["image"])
+    stored = []
+    for character in set(found):
+        alphabet, number, label = character
+        for drawing in range(1, DRAWINGS + 1):
+            key = f"{alphabet}_{number}_{label + 1:04d}_{drawing:02d}.png"
+            stored.append((hashlib.md5(f"{split}{key}".encode()).digest(), key, character))
+    stored.sort()
+    if [character for *_, character in stored] != found:
+        return None
+    contents = {}
+    for (_, key, (alphabet, number, _)), png in sorted(zip(stored, pngs, strict=True), key=lambda pair: pair[0][1]):
+        contents.setdefault(f"{alphabet}/character{number + 1:02d}", {})[key] = png
+    return contents

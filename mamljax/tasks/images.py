@@ -10,7 +10,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from mamljax.checks import check_count
-from mamljax.types import Examples, Task
+from mamljax.types import Examples, SampleFn, Task, as_argument
 
 
 def episodes(
@@ -40,23 +40,59 @@ def episodes(
     """
     for name, count in (("ways", ways), ("shots", shots), ("queries", queries)):
         check_count(name, count)
-    shape = np.shape(images)
-    if len(shape) != 5 or images.dtype != np.uint8:
-        raise ValueError(f"images must be [classes, images, H, W, C] uint8, got {list(shape)} {images.dtype}.")
-    counts = np.full(shape[0], shape[1]) if counts is None else np.asarray(counts)
-    if counts.shape != shape[:1] or not (counts <= shape[1]).all():
-        raise ValueError(f"counts must be [classes] of at most {shape[1]} for images {list(shape)}, got {counts}.")
-    if ways > shape[0]:
-        raise ValueError(f"{ways}-way episodes need {ways} classes, but there are {shape[0]}. Lower ways.")
+    counts = _checked_counts(images, counts, rotations=rotations)
+    if ways > len(counts):
+        raise ValueError(f"{ways}-way episodes need {ways} classes, but there are {len(counts)}. Lower ways.")
     if shots + queries > counts.min():
         raise ValueError(
             f"{shots} support and {queries} query images a class need {shots + queries} images, but class {counts.argmin()} "
             f"has {counts.min()}. Lower shots or queries."
         )
-    if rotations and shape[2] != shape[3]:
-        raise ValueError(f"rotations need square images, got {shape[2]} x {shape[3]}.")
     draw = functools.partial(_draw, ways=ways, shots=shots, queries=queries, rotations=rotations)
     return Partial(draw, jnp.asarray(images), jnp.asarray(counts, jnp.int32))
+
+
+def labelled(images: ArrayLike, *, number: int, rotations: bool = False, counts: ArrayLike | None = None) -> Partial:
+    """Build the sampler of batches of images from all classes, to train a classifier over them.
+
+    Args:
+        images: as of `episodes`; so are `rotations`, but that each image is turned on its own, and `counts`.
+        number: images of a batch, drawn independently of each other: first a class, then an image of it.
+
+    Returns:
+        key -> Task whose support and query sets are the same x [number, H, W, C] float32 in [0, 1] and y [number] int32, the
+        number of the class; a pytree.
+
+    Raises:
+        ValueError: as `episodes`.
+    """
+    check_count("number", number)
+    counts = _checked_counts(images, counts, rotations=rotations)
+    draw = functools.partial(_draw_labelled, number=number, rotations=rotations)
+    return Partial(draw, jnp.asarray(images), jnp.asarray(counts, jnp.int32))
+
+
+def _draw_labelled(images: Array, counts: Array, key: Array, *, number: int, rotations: bool) -> Task:
+    class_key, image_key, turn_key = jax.random.split(key, 3)
+    classes = jax.random.randint(class_key, (number,), 0, len(counts))
+    drawn = images[classes, jax.random.randint(image_key, (number,), 0, counts[classes])]
+    if rotations:
+        drawn = jax.vmap(turn)(drawn, jax.random.randint(turn_key, (number,), 0, 4))
+    examples = Examples(_unit_range(drawn), classes)
+    return Task(examples, examples)
+
+
+def _checked_counts(images: ArrayLike, counts: ArrayLike | None, *, rotations: bool) -> np.ndarray:
+    """Check the images and how many there are of each class: [classes]."""
+    shape = np.shape(images)
+    if len(shape) != 5 or images.dtype != np.uint8:
+        raise ValueError(f"images must be [classes, images, H, W, C] uint8, got {list(shape)} {images.dtype}.")
+    if rotations and shape[2] != shape[3]:
+        raise ValueError(f"rotations need square images, got {shape[2]} x {shape[3]}.")
+    counts = np.full(shape[0], shape[1]) if counts is None else np.asarray(counts)
+    if counts.shape != shape[:1] or not (counts <= shape[1]).all():
+        raise ValueError(f"counts must be [classes] of at most {shape[1]} for images {list(shape)}, got {counts}.")
+    return counts
 
 
 def _draw(images: Array, counts: Array, key: Array, *, ways: int, shots: int, queries: int, rotations: bool) -> Task:
@@ -103,7 +139,29 @@ def as_task(images: Array, *, shots: int) -> Task:
 
     def examples(images: Array) -> Examples:
         ways, number = images.shape[:2]
-        x = images.reshape(ways * number, *images.shape[2:]).astype(jnp.float32) / 255
+        x = _unit_range(images.reshape(ways * number, *images.shape[2:]))
         return Examples(x, jnp.repeat(jnp.arange(ways), number, total_repeat_length=ways * number))
 
     return Task(examples(images[:, :shots]), examples(images[:, shots:]))
+
+
+def _unit_range(images: Array) -> Array:
+    return images.astype(jnp.float32) / 255
+
+
+def inductive(sample: SampleFn) -> Partial:
+    """Put the support images, unlabelled, before the query images, so that the network can normalise by them alone.
+
+    Args:
+        sample: of episodes; the network's `models.BatchStatNorm` must have `reference=ways * shots`.
+
+    Returns:
+        The sampler of the same episodes with query sets of x [N * K + N * Q, H, W, C] and y that begins with N * K times -1.
+    """
+    return Partial(_draw_inductive, as_argument(sample))
+
+
+def _draw_inductive(sample: Partial, key: Array) -> Task:
+    support, query = sample(key)
+    x = jnp.concatenate([support.x, query.x])
+    return Task(support, Examples(x, jnp.concatenate([jnp.full_like(support.y, -1), query.y])))

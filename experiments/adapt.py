@@ -1,0 +1,148 @@
+"""Adapt a network trained by few_shot.py to images of your own. `python experiments/adapt.py --help`
+
+Takes a folder of labelled images for each class, fine-tunes the network on them, and writes what it predicts of other
+images, with probabilities, as CSV.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import few_shot
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+from mamljax.checkpoint import CheckpointError
+from mamljax.checks import check_count
+from mamljax.data.bank import DataError
+from mamljax.data.decoding import decode
+from mamljax.data.folders import SUFFIXES
+from mamljax.files import write_atomically
+from mamljax.losses import cross_entropy
+from mamljax.maml import fine_tune
+from mamljax.rules import all_but
+from mamljax.train import read_best
+from mamljax.types import Examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Adapt a trained network to images of your own. Images of any size and mode are converted to those it was trained on."""
+
+    checkpoint: Path
+    """Output directory of a few_shot.py run."""
+    support: Path
+    """Directory with a folder of labelled images for each class; the folder's name is the label."""
+    query: Path
+    """Directory of the images to classify, in folders or not. The networks normalise by the images that they see together,
+    so that a prediction depends a little on the others, unless trained with --statistics inductive."""
+    method: few_shot.Method = "maml"
+    """Which of the run's networks: maml, fomaml or pretrained."""
+    steps: int | None = None
+    """Adaptation steps; by default as many as the run's --test-steps."""
+    inner_lr: float | None = None
+    """Step size; by default that of the run."""
+    out: Path = Path("predictions.csv")
+    """The file to write: a line for each image with its path, the predicted class, and the probability of each class."""
+
+
+def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
+    """Adapt the network; returns the class names [N], the query files [n], and probabilities [n, N]."""
+    run = read_options(options.checkpoint)
+    if options.method not in ("maml", "fomaml", "pretrained"):
+        raise ValueError(f"--method must be maml, fomaml or pretrained, got {options.method}.")
+    steps = run.test_steps if options.steps is None else options.steps
+    check_count("--steps", steps)
+    lr = run.inner_lr if options.inner_lr is None else options.inner_lr
+    folders = sorted(path for path in listed(options.support) if path.is_dir())
+    if len(folders) != run.ways:
+        raise DataError(
+            f"{options.support} holds {len(folders)} class folders, but the network of {options.checkpoint} tells {run.ways} "
+            f"classes apart. Give {run.ways}, or train with --ways {len(folders)}."
+        )
+    files = [images_in(folder) for folder in folders]
+    if run.statistics == "inductive" and any(len(of_class) != run.shots for of_class in files):
+        raise DataError(f"an inductive network needs exactly {run.shots} support images of each class, as in its training.")
+    queries = images_in(options.query)
+    labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
+    support = Examples(load([file for of_class in files for file in of_class], run), labels)
+
+    image = jnp.zeros(few_shot.image_shape(run))
+    shared = {"num_classes": run.ways, "eval_steps": steps, "inner_lr": lr}
+    learner = few_shot.build_learner(options.method, run, image, **shared)
+    states = read_best(learner, options.checkpoint / "checkpoints" / options.method, seeds=run.seeds)
+    params = jax.tree.map(lambda leaf: leaf[0], states.params)
+    network = few_shot.build_network(run, image, run.ways)
+    adapted, _ = fine_tune(network, cross_entropy, params, support, all_but(few_shot.NORM_PARAMETERS, lr), steps)
+    x = load(queries, run)
+    if run.statistics == "inductive":
+        x = jnp.concatenate([support.x, x])
+    probabilities = jax.nn.softmax(network.apply(adapted, x))[-len(queries) :]
+    return [folder.name for folder in folders], [str(file) for file in queries], np.asarray(probabilities)
+
+
+def read_options(directory: Path) -> few_shot.Options:
+    """Read the options with which a run was trained."""
+    try:
+        config = json.loads((directory / "config.json").read_text())
+        if config.pop("experiment") != "few_shot":
+            raise ValueError("it is of another experiment")
+        return few_shot.Options(**config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory} is no output directory of few_shot.py ({error}).") from error
+
+
+def listed(directory: Path) -> list[Path]:
+    """What is in a directory, but for hidden files."""
+    try:
+        return sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"cannot read the directory {directory}: {error.strerror}.") from error
+
+
+def images_in(directory: Path) -> list[Path]:
+    """All image files in a directory and below, in the order of their names; at least one."""
+    listed(directory)
+    files = sorted(path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not files:
+        raise DataError(f"{directory} holds no images ({' '.join(SUFFIXES)}).")
+    return files
+
+
+def load(files: Sequence[Path], run: few_shot.Options) -> jax.Array:
+    """Read images as the network was trained on them: [n, H, W, C] float32 in [0, 1]."""
+    _, size, _, channels = few_shot.image_shape(run)
+    images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files])
+    return jnp.asarray((255 - images if run.dataset == "omniglot" else images) / 255, jnp.float32)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Adapt, predict, and write the CSV file; returns 2 if something is wrong with the input."""
+    options = tyro.cli(Options, args=argv)
+    try:
+        names, files, probabilities = predict(options)
+        text = io.StringIO()
+        table = csv.writer(text, lineterminator="\n")
+        table.writerow(["file", "prediction", *(f"p({name})" for name in names)])
+        for file, row in zip(files, probabilities, strict=True):
+            table.writerow([file, names[row.argmax()], *(f"{p:.4f}" for p in row)])
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, text.getvalue())
+    except (ValueError, DataError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: cannot write to {error.filename or options.out}: {error.strerror}.", file=sys.stderr)
+        return 2
+    print(f"{len(files)} predictions written to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

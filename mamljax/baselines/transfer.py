@@ -1,0 +1,126 @@
+"""Features of a classifier over all training classes: the two baselines of Ravi & Larochelle 2017 (ICLR, section 5)."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mamljax.baselines.pretrain import pretrain
+from mamljax.checks import check_count, check_task
+from mamljax.maml import learning_curve
+from mamljax.rules import Rule, as_rule
+from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
+
+
+def fine_tuning(
+    features: Model,
+    x: Array,
+    loss_fn: LossFn,
+    *,
+    num_classes: int,
+    ways: int,
+    rule: Rule,
+    eval_steps: int,
+    tx: optax.GradientTransformation,
+    metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
+) -> MetaLearner:
+    """Train a classifier over all training classes; in evaluation, fine-tune it with a new output layer.
+
+    Args:
+        features: images [n, H, W, C] -> features [n, d].
+        x: [n, H, W, C] an example input, for its shape and dtype only.
+        loss_fn: (logits, labels) -> scalar, the mean over examples.
+        num_classes: classes in training, of tasks from `tasks.images.labelled`.
+        ways: N, classes of the episodes in evaluation.
+        rule: step size or Optax transformation of the fine-tuning.
+        eval_steps: steps of fine-tuning.
+        tx: the outer optimiser.
+        metric_fns: further (logits, labels) -> scalar to report in evaluation, by name.
+        chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
+
+    Returns:
+        A meta-learner whose `evaluate` returns the `loss` and the metrics on the query set, each [eval_steps + 1].
+
+    Raises:
+        ValueError: a count below 1, a step size that is not positive and finite.
+    """
+    check_count("ways", ways)
+    check_count("eval_steps", eval_steps)
+    new_model = with_linear_head(features, x, ways)
+    rule = as_rule(rule, jax.eval_shape(new_model.init, jax.random.key(0)), differentiable=False)
+
+    def evaluate(key: Array, state: State, task: Task) -> Metrics:
+        params = new_model.init(key) | {"features": state.params["features"]}
+        return learning_curve(new_model, loss_fn, params, task, rule, eval_steps, metric_fns=metric_fns)
+
+    return _classifier(features, x, loss_fn, num_classes, tx, chunk_size)._replace(evaluate=evaluate)
+
+
+def nearest_neighbour(
+    features: Model,
+    x: Array,
+    loss_fn: LossFn,
+    *,
+    num_classes: int,
+    ways: int,
+    tx: optax.GradientTransformation,
+    metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
+) -> MetaLearner:
+    """Train a classifier over all training classes; in evaluation, compare its features with those of the support images.
+
+    The logit of a class is the largest cosine similarity with one of its support images. Arguments and errors are those of
+    `fine_tuning`.
+
+    Returns:
+        A meta-learner whose `evaluate` returns the `loss` and the metrics on the query set, each [1].
+    """
+    check_count("ways", ways)
+
+    def evaluate(key: Array, state: State, task: Task) -> Metrics:
+        check_task(task)
+        support, query = (_unit(features.apply(state.params["features"], examples.x)) for examples in task)
+        of_class = task.support.y[None] == jnp.arange(ways)[:, None]  # [N, N * K]
+        logits = jnp.where(of_class[None], (query @ support.T)[:, None], -jnp.inf).max(axis=-1)
+        named = {"loss": loss_fn, **metric_fns}
+        return {name: fn(logits, task.query.y)[None] for name, fn in named.items()}
+
+    return _classifier(features, x, loss_fn, num_classes, tx, chunk_size)._replace(evaluate=evaluate)
+
+
+def with_linear_head(features: Model, x: Array, outputs: int) -> Model:
+    """Put a linear layer on features; the params are a dict of "features" and "head".
+
+    Args:
+        features: [n, ...] -> [n, d].
+        x: [n, ...] an example input, for its shape and dtype only.
+        outputs: of the linear layer.
+    """
+    check_count("outputs", outputs)
+    shapes = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0))
+    if shapes.ndim != 2:
+        raise ValueError(f"features must be [n, d], got {list(shapes.shape)}. Flatten them.")
+
+    def init(key: Array) -> PyTree:
+        body_key, head_key = jax.random.split(key)
+        kernel = jax.nn.initializers.lecun_normal()(head_key, (shapes.shape[1], outputs))
+        return {"features": features.init(body_key), "head": {"kernel": kernel, "bias": jnp.zeros((1, outputs))}}
+
+    def apply(params: PyTree, x: Array) -> Array:
+        return features.apply(params["features"], x) @ params["head"]["kernel"] + params["head"]["bias"]
+
+    return Model(init, apply)
+
+
+def _classifier(
+    features: Model, x: Array, loss_fn: LossFn, num_classes: int, tx: optax.GradientTransformation, chunk_size: int | None
+) -> MetaLearner:
+    model = with_linear_head(features, x, num_classes)
+    return pretrain(model, loss_fn, rule=1.0, eval_steps=0, tx=tx, chunk_size=chunk_size)  # nothing is fine-tuned here
+
+
+def _unit(vectors: Array) -> Array:
+    return vectors / (jnp.linalg.norm(vectors, axis=1, keepdims=True) + 1e-12)

@@ -1,0 +1,40 @@
+"""Decoding of image files, while a bank is made."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from mamljax.data.bank import DataError
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+
+
+def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path) -> np.ndarray:
+    """Decode an image, or the first frame of it, and resize it to a square by a Lanczos filter; transparency is ignored.
+
+    Args:
+        file: its path, or what is in it.
+        size: H and W of the result, whatever the proportions were.
+        channels: C, 1 for grey or 3 for red, green and blue.
+        name: of the image, for error messages.
+
+    Returns:
+        [size, size, channels] uint8.
+
+    Raises:
+        DataError: it cannot be read or decoded; or Pillow is missing.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise DataError('making an image bank needs Pillow: pip install "mamljax[prepare]".') from error
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            if image.mode in ("F", "I") or image.mode.startswith("I;"):
+                raise ValueError("more than 8 bits a channel")  # Pillow would clip them
+            opaque = image.convert("RGBA") if image.has_transparency_data else image  # else Pillow warns of some palettes
+            resized = opaque.convert(MODES[channels]).resize((size, size), Image.Resampling.LANCZOS)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"cannot decode the image {name} ({error}). Replace it by a whole one.") from error
+    return np.asarray(resized).reshape(size, size, channels)

@@ -1,0 +1,121 @@
+"""Images of one's own: a folder for each class."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mamljax.checks import check_count
+from mamljax.data.bank import Bank, DataError, Source, prepared_bank
+from mamljax.data.decoding import MODES, decode
+
+SPLITS = ("train", "val", "test")
+VAL_SHARE, TEST_SHARE = 0.16, 0.20  # of the classes, where the folders do not say; those of miniImageNet
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def image_folders(data_dir: str | Path, cache_dir: str | Path | None = None, *, size: int, channels: int) -> Bank:
+    """Open the bank of the images in a directory of class folders; made at the first call, and again when a file changes.
+
+    The directory holds either `train/`, `val/` and `test/` with a folder for each class, which is then named "train/cat", or
+    the folders of the classes themselves, "cat". Hidden files and files without the suffix of an image are ignored. Classes
+    are in the order of their names, images in the order of file names; each is resized to a square by a Lanczos filter.
+
+    Args:
+        data_dir: the directory; needed at each call.
+        cache_dir: where banks lie.
+        size: H and W of the bank's images.
+        channels: C, 1 for grey or 3 for red, green and blue.
+
+    Raises:
+        DataError: the directory is not as above; a split or a class is empty; or an image does not decode.
+        ValueError: size is below 1, or channels is neither 1 nor 3.
+    """
+    check_count("size", size)
+    if channels not in MODES:
+        raise ValueError(f"channels must be 1 (grey) or 3 (red, green and blue), got {channels!r}.")
+    data_dir = Path(data_dir)
+    try:
+        classes = _find_classes(data_dir)
+        state = [(path.relative_to(data_dir).as_posix(), *_state(path)) for paths in classes.values() for path in paths]
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename or data_dir}: {error.strerror}. Pass the directory of the class folders with "
+            "--data-dir."
+        ) from error
+    digest = hashlib.sha256(repr((size, channels, state)).encode()).hexdigest()
+    return prepared_bank(f"folders-{digest[:16]}", lambda: _source(classes, size, channels), cache_dir)
+
+
+def split_folders(names: tuple[str, ...], *, seed: int = 0) -> Mapping[str, np.ndarray]:
+    """Divide classes into "train", "val" and "test", as arrays of class numbers.
+
+    Args:
+        names: those of the bank. "train/cat" is for training; without such prefixes 64 / 16 / 20 % of the classes are
+            drawn for the splits, but at least one for each.
+        seed: of the random split.
+
+    Raises:
+        ValueError: a split would be empty.
+
+    >>> split_folders(("test/owl", "train/cat", "train/dog", "val/bat"))["train"]
+    array([1, 2])
+    """
+    if all("/" in name for name in names):
+        prefixes = np.array([name.split("/")[0] for name in names])
+        split = {part: np.flatnonzero(prefixes == part) for part in SPLITS}
+    else:
+        order = np.random.default_rng(seed).permutation(len(names))
+        val, test = (max(1, round(share * len(names))) for share in (VAL_SHARE, TEST_SHARE))
+        split = {"train": order[val + test :], "val": order[:val], "test": order[val : val + test]}
+    empty = [part for part, numbers in split.items() if len(numbers) == 0]
+    if empty:
+        raise ValueError(f"no class of {len(names)} is left for {' and '.join(empty)}. Give at least one for each split.")
+    return split
+
+
+def _find_classes(data_dir: Path) -> dict[str, list[Path]]:
+    """The image files of each class, all in the order of their names."""
+    folders = _class_folders(data_dir)
+    if set(SPLITS) <= folders.keys():
+        folders = {f"{part}/{name}": path for part in SPLITS for name, path in _class_folders(folders[part]).items()}
+    elif len(folders) < len(SPLITS):
+        raise DataError(f"{data_dir} holds {len(folders)} classes. Training, validation and test need one each, at least.")
+    classes = {}
+    for name, folder in sorted(folders.items()):
+        classes[name] = sorted(path for path in _visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
+        if not classes[name]:
+            raise DataError(
+                f"the class folder {folder} has no images ({' '.join(SUFFIXES)}). Put some into it or delete it; folders of "
+                "classes may be divided among train, val and test, all three."
+            )
+    return classes
+
+
+def _class_folders(folder: Path) -> dict[str, Path]:
+    found = {path.name: path for path in _visible(folder) if path.is_dir()}
+    if not found:
+        raise DataError(
+            f"{folder} holds no class folders. Put a folder with images of each class into it, or into train, val and test."
+        )
+    return found
+
+
+def _visible(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
+    files = list(classes.values())
+
+    def read(number: int) -> np.ndarray:
+        return np.stack([decode(file, size=size, channels=channels, name=file) for file in files[number]])
+
+    return Source(tuple(classes), tuple(map(len, files)), (size, size, channels), read)

@@ -1,0 +1,95 @@
+"""Decoding: what Pillow gives for sound images of every kind, one error for all others."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mamljax.data.bank import DataError
+from mamljax.data.decoding import decode
+
+PIXELS = np.random.default_rng(0).integers(256, size=(6, 6, 3), dtype=np.uint8)
+
+
+def encode(image, suffix="png", **options):
+    file = io.BytesIO()
+    image.save(file, suffix, **options)
+    return file.getvalue()
+
+
+def test_same_size_is_unchanged(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(Image.fromarray(PIXELS)))
+    np.testing.assert_array_equal(decode(tmp_path / "a.png", size=6, channels=3, name="a"), PIXELS)
+
+
+def test_grey():
+    found = decode(encode(Image.fromarray(PIXELS)), size=6, channels=1, name="a")
+    np.testing.assert_array_equal(found[..., 0], np.asarray(Image.fromarray(PIXELS).convert("L")))
+
+
+def test_other_proportions_become_square_by_lanczos():
+    image = Image.fromarray(PIXELS[:4])
+    expected = np.asarray(image.resize((3, 3), Image.Resampling.LANCZOS))
+    np.testing.assert_array_equal(decode(encode(image), size=3, channels=3, name="a"), expected)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_modes(mode):
+    image = Image.fromarray(PIXELS).convert(mode)
+    found = decode(encode(image, "tiff"), size=6, channels=3, name="a")
+    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
+
+
+def test_a_palette_with_transparency():
+    image = Image.fromarray(PIXELS).quantize(4)
+    found = decode(encode(image, transparency=bytes([0, 100, 200, 255])), size=6, channels=3, name="a")
+    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
+
+
+def png_of_16_bits():
+    return encode(Image.fromarray(np.arange(36, dtype=np.uint16).reshape(6, 6)))
+
+
+def png_with_a_broken_chunk():
+    png = encode(Image.fromarray(PIXELS))
+    return png[:36] + b"\x05" + png[37:]  # a length; SyntaxError
+
+
+def huge_bmp():
+    bmp = encode(Image.fromarray(PIXELS), "bmp")
+    return bmp[:18] + (100_000).to_bytes(4, "little") * 2 + bmp[26:]
+
+
+BROKEN = {
+    "empty": b"",
+    "text": b"no image",
+    "truncated": encode(Image.fromarray(PIXELS))[:60],
+    "truncated jpeg": encode(Image.fromarray(PIXELS), "jpeg")[:-50],
+    "chunk": png_with_a_broken_chunk(),
+    "header": b"P6 6 x 255\n" + bytes(200),  # ValueError
+    "huge": huge_bmp(),
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_names_an_image_that_does_not_decode(content):
+    with pytest.raises(DataError, match=r"cannot decode the image it.png \(.*\)\. Replace it by a whole one"):
+        decode(content, size=3, channels=3, name="it.png")
+
+
+def test_refuses_more_than_8_bits():
+    with pytest.raises(DataError, match=r"it.png \(more than 8 bits a channel\)"):
+        decode(png_of_16_bits(), size=3, channels=1, name="it.png")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(DataError, match="No such file"):
+        decode(tmp_path / "a.png", size=3, channels=1, name="a")
+
+
+def test_without_pillow(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(DataError, match=r'making an image bank needs Pillow: pip install "mamljax\[prepare\]"'):
+        decode(b"", size=3, channels=1, name="a")

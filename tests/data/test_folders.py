@@ -1,0 +1,187 @@
+"""Images of one's own: classes by folder, banks that follow the files, splits by folder or by lot."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mamljax.data.bank import DataError
+from mamljax.data.folders import image_folders, split_folders
+
+FLAT = {"bee": ("b.png", "a.JPG"), "ant": ("a.png",), "cat": ("x.png", "y.gif", "z.bmp")}
+
+
+def fill(directory, classes):
+    for number, (name, files) in enumerate(classes.items()):
+        (directory / name).mkdir(parents=True)
+        for other, file in enumerate(files):
+            pixels = np.random.default_rng((number, other)).integers(256, size=(8, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(directory / name / file)
+    return directory
+
+
+@pytest.fixture
+def flat(tmp_path):
+    return fill(tmp_path / "flat", FLAT)
+
+
+@pytest.fixture
+def divided(tmp_path):
+    classes = ("train/owl", "train/cat", "val/owl", "test/dog")
+    return fill(tmp_path / "divided", dict.fromkeys(classes, ("1.png",)))
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+def test_bank_of_folders(flat, tmp_path, channels, mode):
+    (flat / ".git").mkdir()
+    (flat / "README.md").write_text("no class")
+    (flat / "ant" / ".hidden.png").write_bytes(b"")
+    (flat / "ant" / "notes.txt").write_text("no image")
+    bank = image_folders(flat, tmp_path, size=5, channels=channels)
+    assert bank.names == ("ant", "bee", "cat")
+    np.testing.assert_array_equal(bank.counts, [1, 2, 3])
+    assert bank.images.shape == (3, 3, 5, 5, channels)
+    for name, images, count in zip(bank.names, bank.images, bank.counts, strict=True):
+        for file, image in zip(sorted(FLAT[name]), images[:count], strict=True):
+            with Image.open(flat / name / file) as drawn:
+                small = drawn.convert(mode).resize((5, 5), Image.Resampling.LANCZOS)
+            np.testing.assert_array_equal(image, np.asarray(small).reshape(5, 5, channels))
+
+
+def test_names_tell_the_split(divided, tmp_path):
+    assert image_folders(divided, tmp_path, size=5, channels=3).names == ("test/dog", "train/cat", "train/owl", "val/owl")
+
+
+def change_touch(directory):
+    os.utime(directory / "ant" / "a.png", ns=(0, 1))
+
+
+def change_size(directory):
+    stat = (directory / "ant" / "a.png").stat()
+    with (directory / "ant" / "a.png").open("ab") as file:
+        file.write(b"x")
+    os.utime(directory / "ant" / "a.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def change_add(directory):
+    shutil.copy2(directory / "ant" / "a.png", directory / "ant" / "b.png")
+
+
+def change_remove(directory):
+    (directory / "cat" / "x.png").unlink()
+
+
+def change_rename_a_class(directory):
+    (directory / "cat").rename(directory / "dog")
+
+
+CHANGES = [value for name, value in globals().items() if name.startswith("change_")]
+
+
+def banks(directory):
+    return {path.name for path in directory.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_files_makes_another_bank(flat, tmp_path, change):
+    image_folders(flat, tmp_path / "banks", size=5, channels=3)
+    change(flat)
+    image_folders(flat, tmp_path / "banks", size=5, channels=3)
+    assert len(banks(tmp_path / "banks")) == 2
+
+
+def test_the_same_files_make_one_bank_for_each_shape(flat, tmp_path):
+    for size, channels in ((5, 3), (5, 3), (6, 3), (5, 1)):
+        image_folders(flat, tmp_path / "banks", size=size, channels=channels)
+    moved = flat.rename(tmp_path / "moved")
+    image_folders(moved, tmp_path / "banks", size=5, channels=3)
+    assert len(banks(tmp_path / "banks")) == 3
+
+
+def break_missing(directory):
+    shutil.rmtree(directory)
+
+
+def break_no_folders(directory):
+    for name in FLAT:
+        shutil.rmtree(directory / name)
+    (directory / "image.png").touch()
+
+
+def break_two_classes(directory):
+    shutil.rmtree(directory / "cat")
+
+
+def break_empty_class(directory):
+    (directory / "ant" / "a.png").rename(directory / "ant" / "a.txt")
+
+
+def break_image(directory):
+    (directory / "ant" / "a.png").write_bytes(b"no image")
+
+
+def break_empty_split(directory):
+    for split in ("train", "val", "test"):
+        (directory / split).mkdir()
+    shutil.copytree(directory / "ant", directory / "train" / "ant")
+
+
+BREAKS = {
+    break_missing: r"cannot read .*flat: No such file or directory. Pass the directory of the class folders with --data-dir",
+    break_no_folders: r"flat holds no class folders. Put a folder with images of each class into it, or into train, val and",
+    break_two_classes: r"flat holds 2 classes. Training, validation and test need one each, at least",
+    break_empty_class: r"the class folder .*ant has no images \(.bmp .*\). Put some into it or delete it; folders of classes",
+    break_image: r"cannot decode the image .*ant/a.png",
+    break_empty_split: r"flat/val holds no class folders",
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), BREAKS.items(), ids=[damage.__name__ for damage in BREAKS])
+def test_bad_folders(flat, tmp_path, damage, message):
+    damage(flat)
+    with pytest.raises(DataError, match=message):
+        image_folders(flat, tmp_path / "banks", size=5, channels=3)
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "message"),
+    [(0, 3, "size must be a whole number of at least 1, got 0"), (5, 2, r"channels must be 1 \(grey\) or 3 .*, got 2")],
+)
+def test_bad_shapes(flat, tmp_path, size, channels, message):
+    with pytest.raises(ValueError, match=message):
+        image_folders(flat, tmp_path, size=size, channels=channels)
+
+
+@pytest.mark.parametrize(("total", "shares"), [(100, (64, 16, 20)), (3, (1, 1, 1)), (10, (6, 2, 2))])
+def test_split_by_lot(total, shares):
+    names = tuple(map(str, range(total)))
+    split = split_folders(names, seed=1)
+    assert tuple(len(split[part]) for part in ("train", "val", "test")) == shares
+    np.testing.assert_array_equal(np.sort(np.concatenate(list(split.values()))), np.arange(total))
+    np.testing.assert_array_equal(split["train"], split_folders(names, seed=1)["train"])
+
+
+def test_split_by_lot_depends_on_the_seed():
+    names = tuple(map(str, range(100)))
+    assert (split_folders(names)["train"] != split_folders(names, seed=1)["train"]).any()
+
+
+def test_split_by_folder(divided, tmp_path):
+    bank = image_folders(divided, tmp_path, size=5, channels=3)
+    split = {part: numbers.tolist() for part, numbers in split_folders(bank.names).items()}
+    assert split == {"train": [1, 2], "val": [3], "test": [0]}
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("a", "b"), "no class of 2 is left for train. Give at least one for each split"),
+        (("train/a", "val/b"), "no class of 2 is left for test"),
+        (("train/a",), "no class of 1 is left for val and test"),
+    ],
+)
+def test_empty_splits(names, message):
+    with pytest.raises(ValueError, match=message):
+        split_folders(names)

@@ -1,0 +1,266 @@
+"""The few-shot experiment and the use of its networks, as a user runs them, at tiny size on images drawn here."""
+
+import csv
+import json
+
+import adapt
+import few_shot
+import jax
+import numpy as np
+import pytest
+import runner
+from PIL import Image
+
+from mamljax import report
+from mamljax.record import read_metrics
+
+TINY = [
+    "--dataset",
+    "folder",
+    "--image-size",
+    "12",
+    "--channels",
+    "1",
+    "--network",
+    "strided_conv",
+    "--filters",
+    "4",
+    "--ways",
+    "3",
+    "--shots",
+    "1",
+    "--queries",
+    "2",
+    "--eval-queries",
+    "2",
+    "--steps",
+    "20",
+    "--num-tasks",
+    "2",
+    "--chunk-size",
+    "1",
+    "--log-every",
+    "10",
+    "--validate-every",
+    "10",
+    "--validation-tasks",
+    "4",
+    "--eval-tasks",
+    "4",
+    "--eval-steps",
+    "4",
+    "--test-steps",
+    "2",
+    "--tuning-lrs",
+    "0.1",
+    "0.5",
+]
+METHODS = ("maml", "fomaml", "pretrained", "random", "fine_tuning", "nearest_neighbour")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compilation_cache(tmp_path_factory):
+    """One cache for all runs of this file, and none of the user's."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def draw_class(rng):
+    """A picture of stripes, its width and direction those of the class."""
+    x, y = np.meshgrid(np.arange(12), np.arange(12))
+    angle, width = rng.uniform(0, np.pi), rng.uniform(1, 3)
+    return 127 + 120 * np.sin((x * np.cos(angle) + y * np.sin(angle)) / width)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """Twelve classes of six noisy images, divided by folders."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for number in range(12):
+        part = ("train", "val", "test")[min(number // 6 + number // 9, 2)]
+        folder = root / part / f"class{number}"
+        folder.mkdir(parents=True)
+        picture = draw_class(rng)
+        for image in range(6):
+            noisy = np.clip(picture + rng.normal(0, 15, picture.shape), 0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(folder / f"{image}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def banks(tmp_path_factory):
+    return tmp_path_factory.mktemp("banks")
+
+
+def main(images, banks, *argv):
+    argv = [*TINY, "--data-dir", images, "--cache-dir", banks, *argv]
+    return runner.main("few_shot", few_shot.PRESETS, few_shot.execute, [*map(str, argv)])
+
+
+@pytest.fixture(scope="module")
+def finished(images, banks, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    assert main(images, banks, "--out", out, "--method", *METHODS) == 0
+    return out
+
+
+def test_writes_what_it_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    figures = {"learning_curves.png", "training_curves.png", "episodes_maml.png", "episodes_fomaml.png"}
+    assert names == figures | {"checkpoints", "config.json", "report.md", "results.json"}
+    for name in figures:
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    rows = {(row.method, row.step): row for row in report.read_results(finished / "results.json")["rows"]}
+    adapting = set(METHODS) - {"nearest_neighbour"}
+    assert rows.keys() == {(method, step) for method in adapting for step in range(5)} | {("nearest_neighbour", 0)}
+    assert all(0 <= row.mean <= 100 and row.tasks == 4 and row.published is None for row in rows.values())
+    assert {method: rows[method, 0].meta_updates for method in METHODS} == dict.fromkeys(METHODS, 20) | {"random": 0}
+    assert rows["fine_tuning", 1].note in ("step size 0.1", "step size 0.5")
+    lines = read_metrics(finished / "checkpoints" / "maml" / "metrics.jsonl")
+    assert [line["update"] for line in lines] == [10, 20]
+    assert all(0 <= line["validation_error"] <= 1 for line in lines)
+
+
+def test_first_order_trains_another_network(finished):
+    losses = [read_metrics(finished / "checkpoints" / method / "metrics.jsonl")[-1]["loss"] for method in ("maml", "fomaml")]
+    assert losses[0] != losses[1]
+
+
+def test_resumed_run_is_the_undisturbed_one(finished, images, banks, tmp_path):
+    assert main(images, banks, "--out", tmp_path, "--steps", 10) == 0
+    assert main(images, banks, "--out", tmp_path) == 0
+    rows = [
+        [row.mean for row in report.read_results(out / "results.json")["rows"] if row.method == "maml"]
+        for out in (finished, tmp_path)
+    ]
+    assert rows[0] == rows[1]
+
+
+def test_inductive_statistics_and_scale(images, banks, tmp_path):
+    argv = ["--statistics", "inductive", "--norm", "scale_and_shift", "--protocol", "corrected"]
+    assert main(images, banks, "--out", tmp_path, *argv) == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert {row.protocol for row in rows} == {"corrected"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--ways", 4], "the val split of folder: 4-way episodes need 4 classes, but there are 3. Lower ways"),
+        (["--shots", 5], "the train split of folder: 5 support and 2 query images a class need 7 images, but class 0 has 6"),
+        (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
+        (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
+        (["--filters", 0], "--filters must be a whole number of at least 1"),
+    ],
+)
+def test_bad_input_is_one_message(images, banks, tmp_path, capfd, argv, message):
+    assert main(images, banks, "--out", tmp_path, *argv) == 2
+    errors = capfd.readouterr().err
+    assert message in errors
+    assert "Traceback" not in errors
+
+
+def test_presets_state_the_settings_of_the_paper():
+    presets = few_shot.PRESETS
+    assert presets["omniglot-5w1s"].inner_lr == 5 * 0.4
+    assert presets["omniglot-20w1s"].inner_lr == 20 * 0.1
+    assert presets["miniimagenet-5w1s"].inner_lr == pytest.approx(5 * 0.01)
+    assert {name: (p.num_tasks, p.inner_steps, p.test_steps) for name, p in presets.items()} == {
+        "omniglot-5w1s": (32, 1, 3),
+        "omniglot-5w5s": (32, 1, 3),
+        "omniglot-20w1s": (16, 5, 5),
+        "omniglot-20w5s": (16, 5, 5),
+        "omniglot-5w1s-fc": (32, 1, 3),
+        "omniglot-5w5s-fc": (32, 1, 3),
+        "miniimagenet-5w1s": (4, 5, 10),
+        "miniimagenet-5w5s": (4, 5, 10),
+    }
+    assert all(p.out.name == name and p.steps == 60_000 for name, p in presets.items())
+    for p in presets.values():
+        assert p.num_tasks % p.chunk_size == 0
+        assert few_shot.eval_queries(p) == p.shots
+        assert ("omniglot" not in p.preset) or p.queries == p.shots
+
+
+def predict(finished, support, query, out, *argv):
+    argv = ["--checkpoint", finished, "--support", support, "--query", query, "--out", out, *argv]
+    return adapt.main([*map(str, argv)])
+
+
+def copy(images, folder, *, suffix=".png", mode="L", size=12):
+    """Support of one image, and queries of two, of the three test classes."""
+    for source in sorted((images / "test").iterdir()):
+        (folder / "support" / source.name).mkdir(parents=True)
+        (folder / "query").mkdir(exist_ok=True)
+        for number in range(3):
+            image = Image.open(source / f"{number}.png").convert(mode).resize((size, size))
+            place = folder / "support" / source.name if number == 0 else folder / "query"
+            image.save(place / f"{source.name}_{number}{suffix}")
+    return folder / "support", folder / "query"
+
+
+def test_adapt_writes_predictions(finished, images, tmp_path):
+    support, query = copy(images, tmp_path)
+    assert predict(finished, support, query, tmp_path / "out" / "p.csv") == 0
+    rows = list(csv.DictReader((tmp_path / "out" / "p.csv").open()))
+    assert [row["file"] for row in rows] == [str(path) for path in sorted(query.iterdir())]
+    names = ["class10", "class11", "class9"]
+    for row in rows:
+        probabilities = [float(row[f"p({name})"]) for name in names]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-3)
+        assert row["prediction"] == names[int(np.argmax(probabilities))]
+
+
+def test_adapt_follows_the_labels(finished, images, tmp_path):
+    """Renaming the class folders renames the predictions."""
+    support, query = copy(images, tmp_path)
+    assert predict(finished, support, query, tmp_path / "a.csv", "--steps", 5) == 0
+    for old, new in (("class10", "x"), ("class11", "y"), ("class9", "z")):
+        (support / old).rename(support / new)
+    assert predict(finished, support, query, tmp_path / "b.csv", "--steps", 5) == 0
+    a, b = ([row["prediction"] for row in csv.DictReader((tmp_path / name).open())] for name in ("a.csv", "b.csv"))
+    assert [{"class10": "x", "class11": "y", "class9": "z"}[name] for name in a] == b
+
+
+@pytest.mark.parametrize(("mode", "size", "suffix"), [("RGB", 30, ".jpg"), ("RGBA", 12, ".png"), ("P", 20, ".gif")])
+def test_adapt_takes_images_of_other_sizes_and_modes(finished, images, tmp_path, mode, size, suffix):
+    support, query = copy(images, tmp_path, mode=mode, size=size, suffix=suffix)
+    assert predict(finished, support, query, tmp_path / "p.csv") == 0
+    assert len(list(csv.DictReader((tmp_path / "p.csv").open()))) == 6
+
+
+def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
+    support, query = copy(images, tmp_path)
+    out = tmp_path / "p.csv"
+
+    def error(*argv):
+        assert predict(*argv) == 2
+        assert not out.exists()
+        return capsys.readouterr().err
+
+    assert "is no output directory of few_shot.py" in error(tmp_path, support, query, out)
+    assert "--steps must be a whole number of at least 1, got 0" in error(finished, support, query, out, "--steps", 0)
+    assert "cannot read the directory" in error(finished, tmp_path / "none", query, out)
+    (support / "class9").rename(tmp_path / "class9")
+    message = error(finished, support, query, out)
+    assert "holds 2 class folders, but the network" in message
+    assert "tells 3 classes apart. Give 3, or train with --ways 2" in message
+    (support / "class9").mkdir()
+    assert "class9 holds no images" in error(finished, support, query, out)
+    (support / "class9" / "broken.png").write_bytes(b"no image")
+    assert "broken.png" in error(finished, support, query, out)
+
+
+def test_adapt_names_the_first_difference_of_another_architecture(finished, images, tmp_path, capsys):
+    support, query = copy(images, tmp_path)
+    config = json.loads((finished / "config.json").read_text())
+    other = tmp_path / "run"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps(config | {"filters": 8}))
+    (other / "checkpoints").symlink_to(finished / "checkpoints")
+    assert predict(other, support, query, tmp_path / "p.csv") == 2
+    errors = capsys.readouterr().err
+    assert "is one of another model or method: at " in errors
+    assert "BatchStatNorm_0" in errors

@@ -1,0 +1,179 @@
+"""Episodes: what is drawn, and how evenly."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamljax.losses import accuracy, cross_entropy
+from mamljax.tasks.images import distinct, episodes, inductive, turn
+
+CLASSES, IMAGES, SIZE = 7, 6, 4
+# Each pixel of image j of class i holds 10 i + j, but for a mark in one corner that tells how it was turned.
+BANK = np.broadcast_to(
+    (10 * np.arange(CLASSES)[:, None] + np.arange(IMAGES)).astype(np.uint8)[..., None, None, None],
+    (CLASSES, IMAGES, SIZE, SIZE, 1),
+).copy()
+BANK[:, :, 0, 0] = 255
+KEY = jax.random.key(0)
+COUNT = 6000  # episodes
+
+
+@jax.jit
+def draw_all(sample, keys):
+    return jax.vmap(sample)(keys)
+
+
+@functools.lru_cache
+def draw(seed=0, *, rotations=False, counts=None):
+    sample = episodes(BANK, ways=3, shots=2, queries=3, rotations=rotations, counts=counts)
+    return draw_all(sample, jax.random.split(jax.random.key(seed), COUNT))
+
+
+def origin(examples):
+    """Class and image number in the bank: [episodes, n]."""
+    number = np.rint(255 * np.asarray(examples.x[..., 1, 1, 0])).astype(int)
+    return number // 10, number % 10
+
+
+def test_shapes_dtypes_and_range():
+    task = episodes(BANK, ways=3, shots=2, queries=3)(KEY)
+    assert (task.support.x.shape, task.query.x.shape) == ((6, SIZE, SIZE, 1), (9, SIZE, SIZE, 1))
+    assert task.support.x.dtype == task.query.x.dtype == jnp.float32
+    assert task.support.x.max() == 1.0
+    np.testing.assert_array_equal(task.support.y, [0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(task.query.y, [0, 0, 0, 1, 1, 1, 2, 2, 2])
+
+
+def test_classes_of_an_episode_are_distinct_and_agree_between_support_and_query():
+    tasks = draw()
+    (support, _), (query, _) = origin(tasks.support), origin(tasks.query)
+    support, query = support.reshape(COUNT, 3, 2), query.reshape(COUNT, 3, 3)
+    assert (support == support[:, :, :1]).all()
+    assert (query == support[:, :, :1]).all()
+    assert all(len(set(episode)) == 3 for episode in support[:, :, 0])
+
+
+def test_support_and_query_never_share_an_image():
+    tasks = draw()
+    (_, support), (_, query) = origin(tasks.support), origin(tasks.query)
+    images = np.concatenate([support.reshape(COUNT, 3, 2), query.reshape(COUNT, 3, 3)], axis=2)
+    assert all(len(set(images_of_a_class)) == 5 for images_of_a_class in images.reshape(-1, 5))
+
+
+def test_every_class_stands_for_every_label_equally_often():
+    classes, _ = origin(draw().support)
+    counts = np.array([np.bincount(column, minlength=CLASSES) for column in classes[:, ::2].T])
+    p = 1 / CLASSES
+    assert np.abs(counts - COUNT * p).max() < 4.5 * np.sqrt(COUNT * p * (1 - p))
+
+
+def test_every_image_is_in_the_support_set_equally_often():
+    _, images = origin(draw().support)
+    counts = np.bincount(images[:, 0], minlength=IMAGES)
+    p = 1 / IMAGES
+    assert np.abs(counts - COUNT * p).max() < 4.5 * np.sqrt(COUNT * p * (1 - p))
+
+
+@pytest.mark.parametrize(("total", "count"), [(1, 1), (4, 4), (5, 2)])
+def test_distinct_draws_every_order_equally_often(total, count):
+    draws = np.asarray(jax.vmap(lambda key: distinct(key, jnp.int32(total), count))(jax.random.split(KEY, 8000)))
+    assert draws.min() == 0
+    assert draws.max() == total - 1
+    orders, counts = np.unique(draws, axis=0, return_counts=True)
+    assert len(orders) == np.prod(np.arange(total, total - count, -1))
+    p = 1 / len(orders)
+    assert np.abs(counts - 8000 * p).max() <= 4.5 * np.sqrt(8000 * p * (1 - p))
+
+
+def test_classes_are_turned_as_a_whole_by_every_angle():
+    tasks = draw(rotations=True)
+    corners = [(0, 0), (SIZE - 1, 0), (SIZE - 1, SIZE - 1), (0, SIZE - 1)]  # where the mark goes, counter-clockwise
+    x = np.concatenate([tasks.support.x.reshape(COUNT, 3, 2, SIZE, SIZE), tasks.query.x.reshape(COUNT, 3, 3, SIZE, SIZE)], 2)
+    turns = np.stack([x[..., row, column] == 1.0 for row, column in corners], axis=-1)
+    assert (turns.sum(-1) == 1).all()
+    turns = turns.argmax(-1)
+    assert (turns == turns[..., :1]).all()
+    counts = np.bincount(turns[:, 0, 0], minlength=4)
+    assert np.abs(counts - COUNT / 4).max() < 4.5 * np.sqrt(COUNT * 3 / 16)
+    assert (turns[:, 0, 0] != turns[:, 1, 0]).any()
+
+
+@pytest.mark.parametrize("turns", range(4))
+def test_turn_is_numpys(turns):
+    image = np.arange(18).reshape(1, 3, 3, 2)
+    np.testing.assert_array_equal(turn(jnp.asarray(image), jnp.int32(turns)), np.rot90(image, turns, axes=(1, 2)))
+
+
+def test_without_rotations_images_are_as_they_are():
+    assert (draw().support.x[..., 0, 0, :] == 1.0).all()
+
+
+def test_same_key_same_episode_another_key_another_one():
+    first, again, other = draw(seed=0), draw(seed=0), draw(seed=1)
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert (first.support.x != other.support.x).any()
+
+
+def test_classes_with_fewer_images_are_never_drawn_beyond_them():
+    counts = (6, 5, 6, 6, 6, 5, 6)
+    tasks = draw(counts=counts)
+    for examples in tasks:
+        classes, images = origin(examples)
+        assert (images < np.array(counts)[classes]).all()
+    (classes, images) = origin(tasks.query)
+    assert (images[(classes == 1) | (classes == 5)] == 4).any()
+
+
+def test_the_bank_is_an_argument_of_the_compiled_program():
+    sample = episodes(BANK, ways=3, shots=1, queries=1)
+    jaxpr = jax.make_jaxpr(lambda sample, key: sample(key))(sample, KEY)
+    assert [aval.shape for aval in jaxpr.in_avals[:2]] == [BANK.shape, (CLASSES,)]
+    assert not any(np.shape(constant) == BANK.shape for constant in jaxpr.consts)
+
+
+def test_inductive_query_sets_begin_with_the_support_set_unlabelled():
+    sample = episodes(BANK, ways=3, shots=2, queries=3)
+    task, plain = inductive(sample)(KEY), sample(KEY)
+    jax.tree.map(np.testing.assert_array_equal, task.support, plain.support)
+    np.testing.assert_array_equal(task.query.x, np.concatenate([plain.support.x, plain.query.x]))
+    np.testing.assert_array_equal(task.query.y, [-1] * 6 + list(plain.query.y))
+
+
+def test_unlabelled_examples_do_not_count():
+    logits = jax.random.normal(KEY, (5, 3))
+    labels = jnp.array([-1, 2, -1, 0, 1])
+    for fn in (cross_entropy, accuracy):
+        np.testing.assert_allclose(fn(logits, labels), fn(logits[labels >= 0], labels[labels >= 0]), rtol=1e-6)
+
+
+GOOD = {"ways": 3, "shots": 2, "queries": 3}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ways": 0}, "ways must be a whole number of at least 1, got 0"),
+        ({"shots": 0}, "shots must be a whole number of at least 1"),
+        ({"queries": -1}, "queries must be a whole number of at least 1"),
+        ({"ways": 8}, r"8-way episodes need 8 classes, but there are 7. Lower ways"),
+        ({"shots": 4}, r"4 support and 3 query images a class need 7 images, but class 0 has 6. Lower shots or queries"),
+        ({"counts": [6, 6, 4, 6, 6, 6, 6]}, r"need 5 images, but class 2 has 4"),
+        ({"counts": [6, 6]}, r"counts must be \[classes\] of at most 6"),
+        ({"counts": [7] * 7}, r"counts must be \[classes\] of at most 6"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        episodes(BANK, **GOOD | arguments)
+
+
+def test_bad_images():
+    with pytest.raises(ValueError, match=r"images must be \[classes, images, H, W, C\] uint8, got \[7, 6, 4, 4, 1\] float64"):
+        episodes(BANK.astype(float), **GOOD)
+    with pytest.raises(ValueError, match=r"got \[6, 4, 4, 1\] uint8"):
+        episodes(BANK[0], **GOOD)
+    with pytest.raises(ValueError, match="rotations need square images, got 3 x 4"):
+        episodes(BANK[:, :, 1:], **GOOD, rotations=True)

@@ -1,0 +1,150 @@
+"""The networks of the image experiments, and their layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen
+from jax import lax
+
+from mamljax.inner import adapt
+from mamljax.losses import cross_entropy
+from mamljax.models import BatchStatNorm, FullyConnectedNet, PatchConv, PooledConvNet, StridedConvNet, from_linen
+
+KEY = jax.random.key(0)
+IMAGES = jax.random.uniform(jax.random.key(1), (5, 28, 28, 1))
+
+
+def reference_conv(params, x, stride):
+    kernel, bias = params["params"]["kernel"], params["params"]["bias"]
+    y = lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return y + bias[None, None, None]
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("size", [(7, 7), (8, 8), (5, 6), (1, 1)])
+def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives(stride, size):
+    with jax.enable_x64(True):
+        keys = jax.random.split(KEY, 3)
+        x = jax.random.normal(keys[0], (2, *size, 3), jnp.float64)
+        conv = PatchConv(4, stride=stride)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), conv.init(keys[1], x))
+        params["params"]["bias"] += jnp.arange(4.0)
+        weights = jax.random.normal(keys[2], conv.apply(params, x).shape, jnp.float64)
+
+        def results(apply):
+            def loss(params, x):
+                return (weights * jnp.sin(apply(params, x))).sum()
+
+            gradient = jax.grad(loss, argnums=(0, 1))
+            first = gradient(params, x)
+            second = jax.grad(lambda *args: sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(gradient(*args))), (0, 1))
+            return apply(params, x), first, second(params, x)
+
+        ours = results(conv.apply)
+        theirs = results(lambda params, x: reference_conv(params, x, stride))
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 5, 5, 4)])
+def test_normalisation_against_numpy(shape):
+    x = 3 + 2 * jax.random.normal(KEY, shape)
+    norm = BatchStatNorm(use_scale=True)
+    params = {"params": {"scale": jnp.arange(1.0, 5.0), "shift": jnp.arange(4.0)}}
+    flat = np.asarray(x, np.float64).reshape(-1, 4)
+    expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-3) * np.arange(1, 5) + np.arange(4)
+    np.testing.assert_allclose(norm.apply(params, x).reshape(-1, 4), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_normalisation_begins_as_the_identity_on_normalised_values_and_has_a_shift_only():
+    params = BatchStatNorm().init(KEY, IMAGES)
+    assert jax.tree.map(jnp.shape, params) == {"params": {"shift": (1,)}}
+    assert not params["params"]["shift"].any()
+
+
+def test_statistics_of_the_reference_examples_alone():
+    """Inductive: the outputs of all examples stay when the last ones change, and are those of the usual normalisation
+    for the reference examples themselves."""
+    norm = BatchStatNorm(reference=3)
+    x = jax.random.normal(KEY, (6, 4))
+    params = norm.init(KEY, x)
+    changed = norm.apply(params, x.at[5].set(100.0))
+    np.testing.assert_array_equal(changed[:5], norm.apply(params, x)[:5])
+    np.testing.assert_allclose(changed[:3], BatchStatNorm().apply(params, x[:3]), rtol=1e-6)
+    transductive = BatchStatNorm().apply(params, x.at[5].set(100.0))
+    assert not np.allclose(transductive[:5], BatchStatNorm().apply(params, x)[:5], atol=1e-2)
+
+
+def shapes(module, x):
+    return {name: jax.tree.map(jnp.shape, layer) for name, layer in from_linen(module, x).init(KEY).items()}
+
+
+def test_strided_net_has_the_layers_of_the_paper():
+    conv = {f"PatchConv_{i}": {"kernel": (3, 3, 64 if i else 1, 64), "bias": (64,)} for i in range(4)}
+    norm = {f"BatchStatNorm_{i}": {"shift": (64,)} for i in range(4)}
+    assert shapes(StridedConvNet(5), IMAGES) == conv | norm | {"Dense_0": {"kernel": (64, 5), "bias": (5,)}}
+
+
+def test_pooled_net_has_the_layers_of_the_paper():
+    conv = {f"PatchConv_{i}": {"kernel": (3, 3, 32 if i else 3, 32), "bias": (32,)} for i in range(4)}
+    norm = {f"BatchStatNorm_{i}": {"shift": (32,)} for i in range(4)}
+    head = {"Dense_0": {"kernel": (800, 5), "bias": (5,)}}  # 5 x 5 x 32
+    assert shapes(PooledConvNet(5), jnp.zeros((1, 84, 84, 3))) == conv | norm | head
+
+
+def test_fully_connected_net_has_the_layers_of_the_paper():
+    sizes = (784, 256, 128, 64, 64, 5)
+    dense = {f"Dense_{i}": {"kernel": sizes[i : i + 2], "bias": sizes[i + 1 : i + 2]} for i in range(5)}
+    norm = {f"BatchStatNorm_{i}": {"shift": sizes[i + 1 : i + 2]} for i in range(4)}
+    assert shapes(FullyConnectedNet(5), IMAGES) == dense | norm
+
+
+def test_strided_net_against_xla_step_by_step():
+    module = StridedConvNet(5, filters=8)
+    params = module.init(KEY, IMAGES)
+    params["params"]["BatchStatNorm_1"]["shift"] += 0.5
+    x = IMAGES
+    for i, size in enumerate((14, 7, 4, 2)):
+        x = reference_conv({"params": params["params"][f"PatchConv_{i}"]}, x, 2)
+        x = (x - x.mean((0, 1, 2), keepdims=True)) / jnp.sqrt(x.var((0, 1, 2), keepdims=True) + 1e-3)
+        x = jnp.maximum(x + params["params"][f"BatchStatNorm_{i}"]["shift"][None, None, None], 0)
+        assert x.shape == (5, size, size, 8)
+    expected = x.mean((1, 2)) @ params["params"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(module.apply(params, IMAGES), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_pooled_net_against_xla_step_by_step():
+    module = PooledConvNet(3, filters=4)
+    images = jax.random.uniform(KEY, (2, 23, 23, 3))
+    params = module.init(KEY, images)
+    x = images
+    for i, size in enumerate((11, 5, 2, 1)):
+        x = reference_conv({"params": params["params"][f"PatchConv_{i}"]}, x, 1)
+        x = (x - x.mean((0, 1, 2), keepdims=True)) / jnp.sqrt(x.var((0, 1, 2), keepdims=True) + 1e-3)
+        x = linen.max_pool(jnp.maximum(x, 0), (2, 2), (2, 2))
+        assert x.shape == (2, size, size, 4)
+    expected = x.reshape(2, -1) @ params["params"]["Dense_0"]["kernel"]
+    np.testing.assert_allclose(module.apply(params, images), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_head_weights_are_standard_normal():
+    kernel = from_linen(StridedConvNet(200), IMAGES).init(KEY)["Dense_0"]["kernel"]
+    assert abs(kernel.std() - 1) < 4 / np.sqrt(2 * kernel.size)
+
+
+def test_mixed_mode_and_reverse_mode_agree_on_the_meta_gradient():
+    model = from_linen(StridedConvNet(5, filters=4, blocks=2), IMAGES)
+    labels = jnp.arange(5)
+
+    def meta_loss(params, differentiation):
+        loss_fn = lambda params, step: cross_entropy(model.apply(params, IMAGES), labels)  # noqa: E731
+        final, _ = adapt(loss_fn, params, jnp.arange(2), optax.sgd(0.4), differentiation=differentiation)
+        return cross_entropy(model.apply(final, IMAGES[:, ::-1]), labels)
+
+    params = model.init(KEY)
+    grads = {name: jax.grad(meta_loss)(params, name) for name in ("mixed", "reverse", "first_order")}
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), grads["mixed"], grads["reverse"])
+    assert optax.tree.norm(optax.tree.sub(grads["first_order"], grads["reverse"])) > 0.01 * optax.tree.norm(grads["reverse"])
