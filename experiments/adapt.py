@@ -74,8 +74,8 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     support = Examples(load([file for of_class in files for file in of_class], run), labels)
 
     image = jnp.zeros(few_shot.image_shape(run))
-    shared = {"num_classes": run.ways, "eval_steps": steps, "inner_lr": lr}
-    learner = few_shot.build_learner(options.method, run, image, **shared)
+    data = few_shot.Data(image, run.ways, checksum="", train=None, val=None, test=None, labelled=None)  # it learns no more
+    learner = few_shot.build_learner(options.method, run, data, eval_steps=steps, rule=lr)
     states = read_best(learner, options.checkpoint / "checkpoints" / options.method, seeds=run.seeds)
     params = jax.tree.map(lambda leaf: leaf[0], states.params)
     network = few_shot.build_network(run, image, run.ways)

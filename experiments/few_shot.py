@@ -29,9 +29,9 @@ from mamljax.data.omniglot import Split, omniglot, split_omniglot
 from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import fine_tune, maml
-from mamljax.rules import all_but
-from mamljax.tasks.images import episodes, inductive, labelled
-from mamljax.types import MetaLearner, Model, State, as_argument
+from mamljax.rules import Rule, all_but
+from mamljax.tasks.images import HostEpisodes, episodes, inductive, labelled
+from mamljax.types import MetaLearner, Model, SampleFn, State, as_argument
 
 SOURCE = "Finn et al. 2017, table 1"
 PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
@@ -83,6 +83,9 @@ class Options(runner.Options):
     """Height and width in pixels to which images of your own are resized."""
     channels: Literal[1, 3] = 3
     """Grey or coloured images of your own."""
+    images_on: Literal["device", "host"] = "device"
+    """Where the images lie: in the device's memory, or, if it has no room for them, mapped from the bank's file, whence the
+    host reads episodes ahead of the device."""
     network: Literal["strided_conv", "pooled_conv", "fully_connected"] = "strided_conv"
     """The Omniglot network, the miniImageNet network, or the one without convolutions."""
     filters: int = 64
@@ -160,13 +163,13 @@ PRESETS = {
 class Data(NamedTuple):
     """The samplers of a data set."""
 
-    train: Partial  # episodes
-    labelled: Partial  # batches of training images, labelled by their class
-    num_classes: int  # in training
-    val: Partial
-    test: Partial
     image: Array  # [1, H, W, C] zeros, for its shape
+    num_classes: int  # in training
     checksum: str  # of all images
+    train: SampleFn  # episodes
+    val: SampleFn
+    test: SampleFn
+    labelled: SampleFn | None  # batches of training images labelled by their class, if a method needs them
 
 
 def execute(options: Options, run: runner.Run) -> None:
@@ -179,9 +182,7 @@ def execute(options: Options, run: runner.Run) -> None:
         if num_updates == 0 and method != "random":  # time ran out before
             continue
         lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
-        learner = build_learner(
-            method, options, data.image, num_classes=data.num_classes, eval_steps=options.eval_steps, inner_lr=lr
-        )
+        learner = build_learner(method, options, data, eval_steps=options.eval_steps, rule=lr)
         scores = accuracies(learner, states, data.test, num_tasks=eval_tasks(options), seed=TEST_SEED)
         mean, ci95 = mean_and_ci95(100 * scores)
         published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
@@ -221,27 +222,34 @@ def load(options: Options) -> Data:
             raise ValueError("--dataset folder needs --data-dir, a folder of class folders or of train/, val/ and test/.")
         bank = image_folders(options.data_dir, options.cache_dir, size=options.image_size, channels=options.channels)
         split = split_folders(bank.names)
-    episode = {"ways": options.ways, "shots": options.shots, "rotations": options.dataset == "omniglot"}
-    wrap = inductive if options.statistics == "inductive" else as_argument
+    rotations = options.dataset == "omniglot"
+    shared = {"ways": options.ways, "shots": options.shots, "rotations": rotations}
 
-    def sampler(part: str, queries: int) -> Partial:
-        images, counts = bank.images[split[part]], bank.counts[split[part]]
+    def sampler(part: str, queries: int) -> SampleFn:
+        classes = split[part]
+        arguments = shared | {"queries": queries, "counts": bank.counts[classes]}
         try:
-            return wrap(episodes(images, counts=counts, queries=queries, **episode))
+            if options.images_on == "host":
+                sample = HostEpisodes(bank.images, classes=classes, **arguments)
+            else:
+                sample = episodes(bank.images[classes], **arguments)
         except ValueError as error:
             raise ValueError(f"the {part} split of {options.dataset}: {error}") from error
+        return inductive(sample) if options.statistics == "inductive" else sample
 
-    train = sampler("train", options.queries)
-    images, counts = jax.tree.leaves(train)
-    number = options.ways * (options.shots + options.queries)
+    classifier_sample = None
+    if {"fine_tuning", "nearest_neighbour"} & set(options.method):
+        number = options.ways * (options.shots + options.queries)
+        counts = bank.counts[split["train"]]
+        classifier_sample = labelled(bank.images[split["train"]], number=number, rotations=rotations, counts=counts)
     return Data(
-        train=train,
-        labelled=labelled(images, number=number, rotations=episode["rotations"], counts=counts),
-        num_classes=len(counts),
+        image=jnp.zeros(image_shape(options)),
+        num_classes=len(split["train"]),
+        checksum=bank.checksum,
+        train=sampler("train", options.queries),
         val=sampler("val", eval_queries(options)),
         test=sampler("test", eval_queries(options)),
-        image=jnp.zeros(image_shape(options)),
-        checksum=bank.checksum,
+        labelled=classifier_sample,
     )
 
 
@@ -276,21 +284,19 @@ def build_network(options: Options, image: Array, ways: int | None) -> Model:
     return models.from_linen(modules[options.network], image)
 
 
-def build_learner(
-    method: Method, options: Options, image: Array, *, num_classes: int, eval_steps: int, inner_lr: float
-) -> MetaLearner:
-    """Build the learner of a method, for images like [1, H, W, C] of so many classes in training."""
+def build_learner(method: Method, options: Options, data: Data, *, eval_steps: int, rule: Rule) -> MetaLearner:
+    """Build the learner of a method, with a rule of adaptation for all parameters but those of normalisation."""
     tx = optax.adam(options.meta_lr)
     tx = tx if options.clip is None else optax.chain(optax.clip(options.clip), tx)
     shared = {"tx": tx, "metric_fns": {"accuracy": accuracy}, "chunk_size": options.chunk_size}
-    adaptation = {"rule": all_but(NORM_PARAMETERS, inner_lr), "eval_steps": eval_steps}
+    adaptation = {"rule": all_but(NORM_PARAMETERS, rule), "eval_steps": eval_steps}
     if method in ("fine_tuning", "nearest_neighbour"):
-        features = build_network(options, image, None)
-        shared |= {"num_classes": num_classes, "ways": options.ways}
+        features = build_network(options, data.image, None)
+        shared |= {"num_classes": data.num_classes, "ways": options.ways}
         if method == "nearest_neighbour":
-            return nearest_neighbour(features, image, cross_entropy, **shared)
-        return fine_tuning(features, image, cross_entropy, **adaptation, **shared)
-    network = build_network(options, image, options.ways)
+            return nearest_neighbour(features, data.image, cross_entropy, **shared)
+        return fine_tuning(features, data.image, cross_entropy, **adaptation, **shared)
+    network = build_network(options, data.image, options.ways)
     if method in ("maml", "fomaml"):
         differentiation = "first_order" if method == "fomaml" else options.differentiation
         adaptation |= {"inner_steps": options.inner_steps, "differentiation": differentiation}
@@ -301,44 +307,41 @@ def build_learner(
 def train(method: Method, options: Options, data: Data, run: runner.Run) -> tuple[State, int]:
     """Train a method from every seed; returns the best states [seeds] and the number of meta-updates done."""
     lr = options.tuning_lrs[0] if method in TUNED else options.inner_lr
-    learner = build_learner(
-        method, options, data.image, num_classes=data.num_classes, eval_steps=options.test_steps, inner_lr=lr
-    )
+    learner = build_learner(method, options, data, eval_steps=options.test_steps, rule=lr)
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
 
-    def validation_error(sample: Partial, state: State) -> Array:
+    def validation_error(sample: SampleFn, state: State) -> Array:
         key = jax.random.key(VALIDATION_SEED)
         scores = evaluate(learner, state, sample, key=key, num_tasks=options.validation_tasks, batch_size=EVAL_BATCH)
         return 1 - scores["accuracy"][:, -1].mean()
 
     sample = data.labelled if method in ("fine_tuning", "nearest_neighbour") else data.train
     config = {"bank": data.checksum}
-    result = run.train(method, learner, sample, validate_fn=Partial(validation_error, data.val), config=config)
+    result = run.train(method, learner, sample, validate_fn=Partial(validation_error, as_argument(data.val)), config=config)
     return result.best, result.num_updates
 
 
-def accuracies(learner: MetaLearner, states: State, sample: Partial, *, num_tasks: int, seed: int) -> np.ndarray:
+def accuracies(learner: MetaLearner, states: State, sample: SampleFn, *, num_tasks: int, seed: int) -> Array:
     """Accuracy of states [seeds] on the query sets, before and after each step: [seeds, num_tasks, S + 1]."""
     scores = []
     for number in range(len(jax.tree.leaves(states)[0])):
         state = jax.tree.map(lambda leaf, number=number: leaf[number], states)
         key = jax.random.key(seed)
         scores.append(evaluate(learner, state, sample, key=key, num_tasks=num_tasks, batch_size=EVAL_BATCH)["accuracy"])
-    return np.stack(scores)
+    return jnp.stack(scores)
 
 
 def tuned_lr(method: Method, options: Options, data: Data, states: State) -> float:
     """The step size of fine-tuning with the best mean accuracy on validation episodes, after as many steps as the paper's."""
 
-    def score(lr: float) -> float:
-        learner = build_learner(
-            method, options, data.image, num_classes=data.num_classes, eval_steps=options.test_steps, inner_lr=lr
-        )
-        scores = accuracies(learner, states, data.val, num_tasks=options.validation_tasks, seed=VALIDATION_SEED)
+    @jax.jit
+    def score(lr: Array, states: State, sample: SampleFn) -> Array:
+        learner = build_learner(method, options, data, eval_steps=options.test_steps, rule=optax.sgd(lr))
+        scores = accuracies(learner, states, sample, num_tasks=options.validation_tasks, seed=VALIDATION_SEED)
         return scores[..., -1].mean()
 
-    return max(options.tuning_lrs, key=score)
+    return max(options.tuning_lrs, key=lambda lr: score(lr, states, as_argument(data.val)))
 
 
 def draw_episodes(options: Options, data: Data, state: State, lr: float, path: Path, *, count: int = 4) -> None:

@@ -71,7 +71,8 @@ def fit(
     Args:
         learner: the method.
         sample: key -> one task; drawn inside the compiled loop. A `jax.tree_util.Partial` carries arrays, such as images,
-            which are then passed to the compiled program instead of copied into it; `validate_fn` alike.
+            which are then passed to the compiled program instead of copied into it; `validate_fn` alike. One with a method
+            `prepare` reads tasks ahead on the host: see `tasks.images.HostEpisodes`.
         key: a JAX random key; or an array of N keys, to train N seeds in one compiled program.
         num_updates: meta-updates in all.
         num_tasks: B, tasks in a meta-batch.
@@ -107,7 +108,8 @@ def fit(
     updates = over_seeds(meta_updates(learner, num_tasks, log_every), (0, 0, None, None, None))
     run = jax.jit(updates, donate_argnums=0)
     validate = jax.jit(over_seeds(_validate, (0, None)))
-    sample, validate_fn = as_argument(sample), validate_fn and as_argument(validate_fn)
+    validate_fn = validate_fn and as_argument(validate_fn)
+    sampler_from = _preparation(sample, key, num_tasks, log_every)
 
     decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
     with contextlib.ExitStack() as stack:
@@ -124,10 +126,13 @@ def fit(
         bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, mininterval=seldom)
         stack.enter_context(bar)
         started = time.monotonic()
+        sampler = sampler_from(done)
         while done < num_updates and not interrupted.is_set() and time.monotonic() - started < max_seconds:
             every = [log_every] + [validate_every] * (validate_fn is not None)
             stop = min(num_updates, *(done + n - done % n for n in every))
-            state, metrics = run(now.state, key, done, stop, sample)
+            state, metrics = run(now.state, key, done, stop, sampler)
+            if stop < num_updates:
+                sampler = sampler_from(stop)  # while the device computes
             metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
             _check_finite(metrics, done, record.where)
             _check_params(state, stop, record.where)
@@ -216,9 +221,8 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int) -> Callable:
     """
 
     def update(t: Array, state: State, key: Array, sample: SampleFn) -> tuple[State, Metrics]:
-        sample_key, update_key = jax.random.split(jax.random.fold_in(key, t))
-        tasks = jax.vmap(sample)(jax.random.split(sample_key, num_tasks))
-        return learner.update(update_key, state, tasks)
+        task_keys, update_key = _keys_of_update(key, t, num_tasks)
+        return learner.update(update_key, state, jax.vmap(sample)(task_keys))
 
     def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
         def body(t: Array, carry: tuple) -> tuple:
@@ -234,6 +238,26 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int) -> Callable:
         return lax.fori_loop(start, stop, body, (state, log))
 
     return run
+
+
+def _keys_of_update(key: Array, t: Array, num_tasks: int) -> tuple[Array, Array]:
+    """The keys of meta-update t: of its tasks [num_tasks], and of the update itself."""
+    sample_key, update_key = jax.random.split(jax.random.fold_in(key, t))
+    return jax.random.split(sample_key, num_tasks), update_key
+
+
+def _preparation(sample: SampleFn, key: Array, num_tasks: int, length: int) -> Callable[[int], SampleFn]:
+    """Build the function from a meta-update to a sampler that serves it and the next `length - 1`."""
+    if not hasattr(sample, "prepare"):
+        always = as_argument(sample)
+        return lambda start: always
+
+    @jax.jit
+    def task_keys(start: Array) -> Array:
+        of_update = jax.vmap(lambda key, t: _keys_of_update(key, t, num_tasks)[0], in_axes=(None, 0))
+        return jax.vmap(of_update, in_axes=(0, None))(key.reshape(-1), start + jnp.arange(length)).reshape(-1)
+
+    return lambda start: sample.prepare(task_keys(start))
 
 
 def _validate(progress: Progress, validate_fn: Callable[[State], Array]) -> tuple[Progress, Array]:

@@ -38,18 +38,69 @@ def episodes(
     >>> task.support.x.shape, task.query.y.shape
     ((5, 28, 28, 1), (75,))
     """
-    for name, count in (("ways", ways), ("shots", shots), ("queries", queries)):
-        check_count(name, count)
-    counts = _checked_counts(images, counts, rotations=rotations)
-    if ways > len(counts):
-        raise ValueError(f"{ways}-way episodes need {ways} classes, but there are {len(counts)}. Lower ways.")
-    if shots + queries > counts.min():
-        raise ValueError(
-            f"{shots} support and {queries} query images a class need {shots + queries} images, but class {counts.argmin()} "
-            f"has {counts.min()}. Lower shots or queries."
-        )
+    counts = _checked_episodes(images, counts, ways=ways, shots=shots, queries=queries, rotations=rotations)
     draw = functools.partial(_draw, ways=ways, shots=shots, queries=queries, rotations=rotations)
     return Partial(draw, jnp.asarray(images), jnp.asarray(counts, jnp.int32))
+
+
+class HostEpisodes:
+    """The sampler of the same episodes from images that the device has no room for, memory-mapped ones for example.
+
+    `fit` has it read the episodes of the next compiled call while the device computes this one, for which they take
+    `log_every * num_tasks` episodes of device memory. Elsewhere, as in `evaluate`, the program calls back to the host.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        *,
+        ways: int,
+        shots: int,
+        queries: int,
+        rotations: bool = False,
+        classes: ArrayLike | None = None,
+        counts: ArrayLike | None = None,
+    ) -> None:
+        """Describe the episodes.
+
+        Args:
+            images: [classes, images, H, W, C] uint8, left where they are.
+            ways, shots, queries, rotations, counts: as of `episodes`.
+            classes: numbers of those to draw from, in the order of `counts`; by default all.
+
+        Raises:
+            ValueError: as `episodes`.
+        """
+        self.classes = np.arange(len(images)) if classes is None else np.asarray(classes)
+        self.counts = np.full(len(self.classes), images.shape[1]) if counts is None else np.asarray(counts)
+        self.images, self.ways, self.shots, self.per_class, self.rotations = images, ways, shots, shots + queries, rotations
+        chosen = np.broadcast_to(images[:1], (len(self.classes), *images.shape[1:]))  # of the shape alone
+        _checked_episodes(chosen, self.counts, ways=ways, shots=shots, queries=queries, rotations=rotations)
+
+    def __call__(self, key: Array) -> Task:
+        """Draw one episode."""
+        index, turns = self._indices(key)
+        shape = jax.ShapeDtypeStruct((self.ways, self.per_class, *self.images.shape[2:]), np.uint8)
+        drawn = jax.pure_callback(self._read, shape, *index, vmap_method="broadcast_all")
+        return self._as_task(drawn, turns)
+
+    def prepare(self, keys: Array) -> Partial:
+        """Read the episodes of some keys [n]; returns a sampler for these keys alone."""
+        index, turns = jax.jit(jax.vmap(self._indices))(keys)
+        return Partial(self._prepared, jax.random.key_data(keys), jax.device_put(self._read(*index)), turns)
+
+    def _prepared(self, keys: Array, drawn: Array, turns: Array, key: Array) -> Task:
+        row = (keys == jax.random.key_data(key)[None]).all(-1).argmax()
+        return self._as_task(drawn[row], turns[row])
+
+    def _indices(self, key: Array) -> tuple[tuple[Array, Array], Array]:
+        return draw_indices(key, jnp.asarray(self.counts, jnp.int32), ways=self.ways, per_class=self.per_class)
+
+    def _read(self, classes: ArrayLike, numbers: ArrayLike) -> np.ndarray:
+        return self.images[self.classes[np.asarray(classes)], np.asarray(numbers)]
+
+    def _as_task(self, drawn: Array, turns: Array) -> Task:
+        return as_task(jax.vmap(turn)(drawn, turns) if self.rotations else drawn, shots=self.shots)
 
 
 def labelled(images: ArrayLike, *, number: int, rotations: bool = False, counts: ArrayLike | None = None) -> Partial:
@@ -80,6 +131,23 @@ def _draw_labelled(images: Array, counts: Array, key: Array, *, number: int, rot
         drawn = jax.vmap(turn)(drawn, jax.random.randint(turn_key, (number,), 0, 4))
     examples = Examples(_unit_range(drawn), classes)
     return Task(examples, examples)
+
+
+def _checked_episodes(
+    images: ArrayLike, counts: ArrayLike | None, *, ways: int, shots: int, queries: int, rotations: bool
+) -> np.ndarray:
+    """Check the arguments of `episodes`; returns the images of each class, [classes]."""
+    for name, count in (("ways", ways), ("shots", shots), ("queries", queries)):
+        check_count(name, count)
+    counts = _checked_counts(images, counts, rotations=rotations)
+    if ways > len(counts):
+        raise ValueError(f"{ways}-way episodes need {ways} classes, but there are {len(counts)}. Lower ways.")
+    if shots + queries > counts.min():
+        raise ValueError(
+            f"{shots} support and {queries} query images a class need {shots + queries} images, but class {counts.argmin()} "
+            f"has {counts.min()}. Lower shots or queries."
+        )
+    return counts
 
 
 def _checked_counts(images: ArrayLike, counts: ArrayLike | None, *, rotations: bool) -> np.ndarray:

@@ -5,10 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mamljax.losses import accuracy, cross_entropy
-from mamljax.tasks.images import distinct, episodes, inductive, turn
+from mamljax.maml import maml
+from mamljax.models import FullyConnectedNet, from_linen
+from mamljax.tasks.images import HostEpisodes, distinct, episodes, inductive, turn
+from mamljax.train import fit
 
 CLASSES, IMAGES, SIZE = 7, 6, 4
 # Each pixel of image j of class i holds 10 i + j, but for a mark in one corner that tells how it was turned.
@@ -19,6 +23,7 @@ BANK = np.broadcast_to(
 BANK[:, :, 0, 0] = 255
 KEY = jax.random.key(0)
 COUNT = 6000  # episodes
+TRAINING = {"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "tx": optax.adam(0.01), "differentiation": "reverse"}
 
 
 @jax.jit
@@ -177,3 +182,32 @@ def test_bad_images():
         episodes(BANK[0], **GOOD)
     with pytest.raises(ValueError, match="rotations need square images, got 3 x 4"):
         episodes(BANK[:, :, 1:], **GOOD, rotations=True)
+
+
+def test_episodes_read_on_the_host_are_the_same(monkeypatch):
+    """Through the callback, and read ahead by `fit` for one seed and for several; and then they are read in chunks."""
+    arguments = {"ways": 3, "shots": 1, "queries": 2, "rotations": True, "counts": [6, 5, 6, 6, 6, 5, 6]}
+    device, host = episodes(BANK, **arguments), HostEpisodes(BANK, **arguments)
+    keys = jax.random.split(KEY, 20)
+    jax.tree.map(np.testing.assert_array_equal, jax.vmap(host)(keys), jax.vmap(device)(keys))
+
+    reads, read = [], HostEpisodes._read
+    monkeypatch.setattr(HostEpisodes, "_read", lambda self, *index: reads.append(len(index[0])) or read(self, *index))
+    learner = maml(from_linen(FullyConnectedNet(3, (4,)), BANK[0] / 255), cross_entropy, **TRAINING)
+    for key, seeds in ((KEY, 1), (jax.random.split(KEY, 2), 2)):
+        run = functools.partial(fit, learner, key=key, num_updates=7, num_tasks=2, log_every=3, progress=False)
+        jax.tree.map(np.testing.assert_array_equal, run(device).state, run(host).state)
+        assert reads == [3 * 2 * seeds] * 3
+        reads.clear()
+
+
+def test_host_episodes_check_their_arguments():
+    with pytest.raises(ValueError, match="8-way episodes need 8 classes"):
+        HostEpisodes(BANK, ways=8, shots=1, queries=1)
+
+
+def test_host_episodes_come_from_the_chosen_classes():
+    chosen = [5, 1, 2]
+    host = HostEpisodes(BANK, ways=3, shots=1, queries=2, classes=chosen, counts=[6, 3, 6])
+    device = episodes(BANK[chosen], ways=3, shots=1, queries=2, counts=[6, 3, 6])
+    jax.tree.map(np.testing.assert_array_equal, host(KEY), device(KEY))
