@@ -186,8 +186,8 @@ def distinct(key: Array, total: Array, count: int) -> Array:
     By Floyd's algorithm, whose cost does not grow with `total`, and a shuffle.
     """
     draw_key, order_key = jax.random.split(key)
-    last = total - count + jnp.arange(count)
-    draws = jax.random.randint(draw_key, (count,), 0, last + 1)
+    last = total - count + jnp.arange(count, dtype=jnp.int32)
+    draws = jax.random.randint(draw_key, (count,), 0, last + 1, jnp.int32)
 
     def add(i: Array, chosen: Array) -> Array:
         return chosen.at[i].set(jnp.where((chosen == draws[i]).any(), last[i], draws[i]))
