@@ -31,7 +31,7 @@ from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import fine_tune, maml
 from mamljax.rules import Rule, all_but
 from mamljax.tasks.images import HostEpisodes, episodes, inductive, labelled
-from mamljax.types import MetaLearner, Model, SampleFn, State, as_argument
+from mamljax.types import MetaLearner, Model, PyTree, SampleFn, State, Task, as_argument
 
 SOURCE = "Finn et al. 2017, table 1"
 PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
@@ -176,6 +176,7 @@ def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
     jax.config.update("jax_default_matmul_precision", options.precision)
     data = load(options)
+    run.config["bank"] = data.checksum
     rows, trained = [], {}
     for method in options.method:
         states, num_updates = train(method, options, data, run)
@@ -347,14 +348,20 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
 def draw_episodes(options: Options, data: Data, state: State, lr: float, path: Path, *, count: int = 4) -> None:
     """Draw test episodes: support images, then query images with their prediction before and after adaptation."""
     network, rule = build_network(options, data.image, options.ways), all_but(NORM_PARAMETERS, lr)
+
+    @jax.jit
+    def adapted(params: PyTree, sample: SampleFn, key: Array) -> tuple[Task, Array]:
+        """An episode, and the classes predicted of its query images before and after adaptation: [2, N * Q]."""
+        task = sample(key)
+        final, _ = fine_tune(network, cross_entropy, params, task.support, rule, options.test_steps)
+        return task, jnp.stack([network.apply(params, task.query.x).argmax(-1) for params in (params, final)])
+
     shown = min(options.ways, 5)  # classes, one image of each
     figure = Figure(figsize=(1.2 * 2 * shown + 1, 1.75 * count), layout="constrained")
     panels = figure.subplots(count, 2 * shown, squeeze=False)
     for number, row in enumerate(panels):
-        task = data.test(jax.random.fold_in(jax.random.key(TEST_SEED), number))
-        _, path_of_params = fine_tune(network, cross_entropy, state.params, task.support, rule, options.test_steps)
-        before, after = (jax.tree.map(lambda leaf, i=i: leaf[i], path_of_params) for i in (0, -1))
-        guesses = np.array([network.apply(params, task.query.x).argmax(-1) for params in (before, after)])
+        key = jax.random.fold_in(jax.random.key(TEST_SEED), number)
+        task, guesses = adapted(state.params, as_argument(data.test), key)
         labels = np.asarray(task.query.y)
         for label in range(shown):
             first = int((np.asarray(task.support.y) == label).argmax())

@@ -22,9 +22,7 @@ TINY = [
     "--channels",
     "1",
     "--network",
-    "strided_conv",
-    "--filters",
-    "4",
+    "fully_connected",
     "--ways",
     "3",
     "--shots",
@@ -55,7 +53,7 @@ TINY = [
     "0.1",
     "0.5",
 ]
-METHODS = ("maml", "fomaml", "pretrained", "random", "fine_tuning", "nearest_neighbour")
+METHODS = ("maml", "random", "fine_tuning", "nearest_neighbour")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -108,7 +106,7 @@ def finished(images, banks, tmp_path_factory):
 
 def test_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
-    figures = {"learning_curves.png", "training_curves.png", "episodes_maml.png", "episodes_fomaml.png"}
+    figures = {"learning_curves.png", "training_curves.png", "episodes_maml.png"}
     assert names == figures | {"checkpoints", "config.json", "report.md", "results.json"}
     for name in figures:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
@@ -121,11 +119,6 @@ def test_writes_what_it_promises(finished):
     lines = read_metrics(finished / "checkpoints" / "maml" / "metrics.jsonl")
     assert [line["update"] for line in lines] == [10, 20]
     assert all(0 <= line["validation_error"] <= 1 for line in lines)
-
-
-def test_first_order_trains_another_network(finished):
-    losses = [read_metrics(finished / "checkpoints" / method / "metrics.jsonl")[-1]["loss"] for method in ("maml", "fomaml")]
-    assert losses[0] != losses[1]
 
 
 def test_resumed_run_is_the_undisturbed_one(finished, images, banks, tmp_path):
@@ -258,9 +251,9 @@ def test_adapt_names_the_first_difference_of_another_architecture(finished, imag
     config = json.loads((finished / "config.json").read_text())
     other = tmp_path / "run"
     other.mkdir()
-    (other / "config.json").write_text(json.dumps(config | {"filters": 8}))
+    (other / "config.json").write_text(json.dumps(config | {"network": "strided_conv"}))
     (other / "checkpoints").symlink_to(finished / "checkpoints")
     assert predict(other, support, query, tmp_path / "p.csv") == 2
     errors = capsys.readouterr().err
     assert "is one of another model or method: at " in errors
-    assert "BatchStatNorm_0" in errors
+    assert "['BatchStatNorm_0']['shift'] it has float32[1, 256], expected float32[1, 64]" in errors
