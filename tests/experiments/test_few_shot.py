@@ -182,22 +182,26 @@ def predict(finished, support, query, out, *argv):
     return adapt.main([*map(str, argv)])
 
 
+def lines_of(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
 def copy(images, folder, *, suffix=".png", mode="L", size=12):
     """Support of one image, and queries of two, of the three test classes."""
     for source in sorted((images / "test").iterdir()):
         (folder / "support" / source.name).mkdir(parents=True)
         (folder / "query").mkdir(exist_ok=True)
         for number in range(3):
-            image = Image.open(source / f"{number}.png").convert(mode).resize((size, size))
             place = folder / "support" / source.name if number == 0 else folder / "query"
-            image.save(place / f"{source.name}_{number}{suffix}")
+            with Image.open(source / f"{number}.png") as image:
+                image.convert(mode).resize((size, size)).save(place / f"{source.name}_{number}{suffix}")
     return folder / "support", folder / "query"
 
 
 def test_adapt_writes_predictions(finished, images, tmp_path):
     support, query = copy(images, tmp_path)
     assert predict(finished, support, query, tmp_path / "out" / "p.csv") == 0
-    rows = list(csv.DictReader((tmp_path / "out" / "p.csv").open()))
+    rows = lines_of(tmp_path / "out" / "p.csv")
     assert [row["file"] for row in rows] == [str(path) for path in sorted(query.iterdir())]
     names = ["class10", "class11", "class9"]
     for row in rows:
@@ -213,7 +217,7 @@ def test_adapt_follows_the_labels(finished, images, tmp_path):
     for old, new in (("class10", "x"), ("class11", "y"), ("class9", "z")):
         (support / old).rename(support / new)
     assert predict(finished, support, query, tmp_path / "b.csv", "--steps", 5) == 0
-    a, b = ([row["prediction"] for row in csv.DictReader((tmp_path / name).open())] for name in ("a.csv", "b.csv"))
+    a, b = ([row["prediction"] for row in lines_of(tmp_path / name)] for name in ("a.csv", "b.csv"))
     assert [{"class10": "x", "class11": "y", "class9": "z"}[name] for name in a] == b
 
 
@@ -221,7 +225,7 @@ def test_adapt_follows_the_labels(finished, images, tmp_path):
 def test_adapt_takes_images_of_other_sizes_and_modes(finished, images, tmp_path, mode, size, suffix):
     support, query = copy(images, tmp_path, mode=mode, size=size, suffix=suffix)
     assert predict(finished, support, query, tmp_path / "p.csv") == 0
-    assert len(list(csv.DictReader((tmp_path / "p.csv").open()))) == 6
+    assert len(lines_of(tmp_path / "p.csv")) == 6
 
 
 def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
