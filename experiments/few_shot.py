@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from mamljax import models, report
 from mamljax.baselines.pretrain import pretrain
 from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
+from mamljax.data.bank import images_of
 from mamljax.data.folders import image_folders, split_folders
 from mamljax.data.miniimagenet import miniimagenet
 from mamljax.data.omniglot import Split, omniglot, split_omniglot
@@ -233,7 +234,7 @@ def load(options: Options) -> Data:
             if options.images_on == "host":
                 sample = HostEpisodes(bank.images, classes=classes, **arguments)
             else:
-                sample = episodes(bank.images[classes], **arguments)
+                sample = episodes(images_of(bank, classes), **arguments)
         except ValueError as error:
             raise ValueError(f"the {part} split of {options.dataset}: {error}") from error
         return inductive(sample) if options.statistics == "inductive" else sample
@@ -242,7 +243,7 @@ def load(options: Options) -> Data:
     if {"fine_tuning", "nearest_neighbour"} & set(options.method):
         number = options.ways * (options.shots + options.queries)
         counts = bank.counts[split["train"]]
-        classifier_sample = labelled(bank.images[split["train"]], number=number, rotations=rotations, counts=counts)
+        classifier_sample = labelled(images_of(bank, split["train"]), number=number, rotations=rotations, counts=counts)
     return Data(
         image=jnp.zeros(image_shape(options)),
         num_classes=len(split["train"]),

@@ -30,6 +30,13 @@ class Bank(NamedTuple):
     checksum: str  # SHA-256 of the images
 
 
+def images_of(bank: Bank, classes: np.ndarray) -> np.ndarray:
+    """The images of some classes; where these follow each other, a view, without a copy."""
+    if len(classes) and (np.diff(classes) == 1).all():
+        return bank.images[classes[0] : classes[-1] + 1]
+    return bank.images[classes]
+
+
 class Source(NamedTuple):
     """What a bank is made of. Reading it raises `DataError`, never `OSError`, which is the bank's own."""
 

@@ -40,7 +40,7 @@ def episodes(
     """
     counts = _checked_episodes(images, counts, ways=ways, shots=shots, queries=queries, rotations=rotations)
     draw = functools.partial(_draw, ways=ways, shots=shots, queries=queries, rotations=rotations)
-    return Partial(draw, jnp.asarray(images), jnp.asarray(counts, jnp.int32))
+    return Partial(draw, jax.device_put(images), jnp.asarray(counts, jnp.int32))  # on a CPU without a copy, even if mapped
 
 
 class HostEpisodes:
@@ -120,7 +120,7 @@ def labelled(images: ArrayLike, *, number: int, rotations: bool = False, counts:
     check_count("number", number)
     counts = _checked_counts(images, counts, rotations=rotations)
     draw = functools.partial(_draw_labelled, number=number, rotations=rotations)
-    return Partial(draw, jnp.asarray(images), jnp.asarray(counts, jnp.int32))
+    return Partial(draw, jax.device_put(images), jnp.asarray(counts, jnp.int32))  # on a CPU without a copy, even if mapped
 
 
 def _draw_labelled(images: Array, counts: Array, key: Array, *, number: int, rotations: bool) -> Task:

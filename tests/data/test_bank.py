@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mamljax.data import bank as bank_module
-from mamljax.data.bank import DataError, Source, default_cache_dir, open_bank, prepared_bank, verify
+from mamljax.data.bank import Bank, DataError, Source, default_cache_dir, images_of, open_bank, prepared_bank, verify
 
 COUNTS = (2, 3, 1)
 NAMES = ("ant", "bee", "cat")
@@ -264,3 +264,11 @@ def test_a_kill_leaves_nothing_that_looks_like_a_bank(tmp_path):
     process = start(tmp_path, 0, 0)
     assert process.communicate(timeout=60)[0] == "1\n"
     assert sorted(path.name for path in (tmp_path / "banks").iterdir()) == ["small", "small.lock"]
+
+
+def test_images_of_some_classes_are_a_view_where_they_can_be():
+    bank = Bank(np.arange(6, dtype=np.uint8).reshape(6, 1, 1, 1, 1), np.ones(6, np.int32), tuple("abcdef"), "")
+    for classes, shared in (([1, 2, 3], True), ([3, 1], False), ([5], True), ([0, 2], False)):
+        images = images_of(bank, np.array(classes))
+        np.testing.assert_array_equal(images.ravel(), classes)
+        assert np.shares_memory(images, bank.images) == shared
