@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +56,7 @@ class Options:
     """Write TensorBoard event files as well, to OUT/checkpoints/METHOD/tensorboard."""
 
     # Options that do not decide how a training goes, so that they may change when it is resumed.
-    free: ClassVar[tuple[str, ...]] = (
+    free = (
         *("preset", "method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard"),
         *("eval_shots", "tuning_lrs"),
     )
