@@ -5,7 +5,6 @@ import json
 
 import adapt
 import few_shot
-import jax
 import numpy as np
 import pytest
 import runner
@@ -54,15 +53,6 @@ TINY = [
     "0.5",
 ]
 METHODS = ("maml", "random", "fine_tuning", "nearest_neighbour")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compilation_cache(tmp_path_factory):
-    """One cache for all runs of this file, and none of the user's."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def draw_class(rng):

@@ -47,15 +47,6 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compilation_cache(tmp_path_factory):
-    """One cache for all runs of this file, and none of the user's."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("cache")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-
-
 def main(*argv):
     return runner.main("sinusoid", sinusoid.PRESETS, sinusoid.execute, [*TINY, *map(str, argv)])
 
