@@ -28,7 +28,7 @@ def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path) ->
     try:
         from PIL import Image
     except ImportError as error:
-        raise DataError('making an image bank needs Pillow: pip install "mamljax[prepare]".') from error
+        raise DataError('reading images needs Pillow: pip install "mamljax[experiments]".') from error
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.mode in ("F", "I") or image.mode.startswith("I;"):

@@ -91,5 +91,5 @@ def test_a_missing_file(tmp_path):
 
 def test_without_pillow(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(DataError, match=r'making an image bank needs Pillow: pip install "mamljax\[prepare\]"'):
+    with pytest.raises(DataError, match=r'reading images needs Pillow: pip install "mamljax\[experiments\]"'):
         decode(b"", size=3, channels=1, name="a")
