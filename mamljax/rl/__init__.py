@@ -1,0 +1,1 @@
+"""Reinforcement learning: environments, trajectories, and policies that adapt in a few gradient steps."""
