@@ -183,10 +183,11 @@ def execute(options: Options, run: runner.Run) -> None:
         states, num_updates = train(method, options, data, run)
         if num_updates == 0 and method != "random":  # time ran out before
             continue
-        lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
-        learner = build_learner(method, options, data, eval_steps=options.eval_steps, rule=lr)
-        sizes = {"num_tasks": eval_tasks(options), "batch_size": options.chunk_size}
-        scores = accuracies(learner, states, data.test, seed=TEST_SEED, **sizes)
+        with run.sharing():
+            lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
+            learner = build_learner(method, options, data, eval_steps=options.eval_steps, rule=lr)
+            sizes = {"num_tasks": eval_tasks(options), "batch_size": options.chunk_size}
+            scores = accuracies(learner, states, data.test, seed=TEST_SEED, **sizes)
         mean, ci95 = mean_and_ci95(100 * scores)
         published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
         rows += report.rows_over_steps(

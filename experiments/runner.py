@@ -4,14 +4,16 @@ An experiment is a dataclass of options, which tyro turns into a command line, a
 its methods through a `Run`.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
 import math
 import os
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +25,7 @@ from mamljax import report
 from mamljax.checkpoint import CheckpointError, claim_directory
 from mamljax.checks import check_count
 from mamljax.data.bank import DataError
+from mamljax.devices import is_first_host, on, task_mesh
 from mamljax.files import write_atomically
 from mamljax.train import DivergenceError, Result, fit
 from mamljax.types import MetaLearner
@@ -54,11 +57,19 @@ class Options:
     """Seconds between checkpoints."""
     tensorboard: bool = False
     """Write TensorBoard event files as well, to OUT/checkpoints/METHOD/tensorboard."""
+    devices: int | None = None
+    """Devices of each host among which the tasks of a meta-batch are divided; by default one, or with --distributed all. On a
+    CPU they are simulated: take one for each core, or fewer."""
+    distributed: bool = False
+    """Join the other hosts or processes that were started with the same command, by jax.distributed. Slurm, Open MPI,
+    Kubernetes and TPU pods are recognised; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID."""
+    join_seconds: int = 300
+    """How long to wait for the other processes, to join at the start and to be heard of later."""
 
     # Options that do not decide how a training goes, so that they may change when it is resumed.
     free = (
         *("preset", "method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard"),
-        *("eval_shots", "tuning_lrs"),
+        *("eval_shots", "tuning_lrs", "devices", "distributed", "join_seconds"),
     )
 
 
@@ -82,6 +93,8 @@ class Run:
         }
         fixed = {key: value for key, value in self.config.items() if key not in options.free}
         claim_directory(options.out, {"experiment": experiment, **fixed})
+        several = options.distributed or (options.devices or 1) > 1
+        self.mesh = task_mesh(options.devices) if several else None
         self.keys = jax.vmap(jax.random.key)(options.seed + jnp.arange(options.seeds))
         self._started = time.monotonic()
 
@@ -101,10 +114,15 @@ class Run:
             max_seconds=60 * options.max_minutes - (time.monotonic() - self._started),
             label=method,
             tensorboard=options.tensorboard,
+            mesh=self.mesh,
             **arguments,
         )
         self.results[method] = result
         return result
+
+    def sharing(self) -> contextlib.AbstractContextManager:
+        """Within this context `evaluate` divides its tasks among the devices of this process; several processes each do all."""
+        return on(self.mesh if jax.process_count() == 1 else None)
 
     def directory(self, method: str) -> Path:
         """Where the checkpoints and the log of a method lie."""
@@ -118,6 +136,8 @@ class Run:
         results = report.read_results(out / "results.json")
         text = report.markdown(results)
         write_atomically(out / "report.md", text)
+        if not is_first_host():
+            return results
         print("\n" + text)
         for method, result in self.results.items():
             if result.num_updates < self.options.steps:
@@ -165,7 +185,8 @@ def main(
     # Orbax logs a traceback for each part of a failed save; what is wrong is said below, once.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        execute(options, Run(experiment, options))
+        with join_devices(options) as options:
+            execute(options, Run(experiment, options))
     except KeyboardInterrupt as stop:
         print(f"{str(stop) or 'stopped'}. The same command goes on from there.", file=sys.stderr)
         return 130
@@ -177,6 +198,36 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
+    """Make the devices and processes that were asked for; where files are written by another process, to a place of no account.
+
+    Raises:
+        ValueError: the other processes cannot be joined.
+    """
+    if options.devices is not None:
+        check_count("--devices", options.devices)
+        with contextlib.suppress(RuntimeError):  # something has been computed already: there are as many as there are
+            jax.config.update("jax_num_cpu_devices", options.devices)
+    if not options.distributed:
+        yield options
+        return
+    numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
+    num_processes, process_id = (None if number is None else int(number) for number in numbers)
+    limits = {"initialization_timeout": options.join_seconds, "heartbeat_timeout_seconds": options.join_seconds}
+    try:
+        jax.distributed.initialize(num_processes=num_processes, process_id=process_id, **limits)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"the other processes could not be joined within {options.join_seconds} s: {error} "
+            "Start as many as JAX_NUM_PROCESSES says, each with its own JAX_PROCESS_ID, all with one JAX_COORDINATOR_ADDRESS."
+        ) from error
+    with contextlib.ExitStack() as stack:
+        if not is_first_host():
+            options = dataclasses.replace(options, out=Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        yield options
 
 
 def parse(presets: Mapping[str, AnyOptions], argv: Sequence[str]) -> AnyOptions:

@@ -40,8 +40,14 @@ class Checkpoints:
         """
         self.directory = Path(directory).absolute()
         claim_directory(self.directory, config)
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.directory / "steps", options=options)
+        options = {"max_to_keep": 2, "enable_async_checkpointing": False, "cleanup_tmp_directories": True}
+        steps = self.directory / "steps"
+        steps.mkdir(exist_ok=True)
+        if jax.process_count() > 1:  # this process alone reads and writes; the others do not wait for it
+            me = jax.process_index()
+            alone = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": "checkpoints"}
+            options |= {"multiprocessing_options": ocp.options.MultiprocessingOptions(**alone), "create": False}
+        self._manager = ocp.CheckpointManager(steps, options=ocp.CheckpointManagerOptions(**options))
 
     def save(self, step: int, tree: PyTree) -> None:
         """Write `tree`, a pytree of arrays, as it is after meta-update `step`.

@@ -3,12 +3,14 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 from scipy import stats
 
 from mamljax.checks import check_count
+from mamljax.devices import divide, num_shares
 from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_argument
 
 
@@ -23,7 +25,8 @@ def evaluate(
 ) -> Metrics:
     """Evaluate one state on tasks drawn from `key`; the same key gives the same tasks.
 
-    Under `jax.vmap` over states it evaluates several seeds at once.
+    Under `jax.vmap` over states it evaluates several seeds at once. Where `jax.set_mesh` names devices (see
+    `devices.task_mesh`) each takes a share of the tasks.
 
     Args:
         learner: what to evaluate.
@@ -50,11 +53,16 @@ def evaluate(
 
 @functools.partial(jax.jit, static_argnames=("learner", "num_tasks", "batch_size"))
 def _evaluate(state: State, key: Array, sample: SampleFn, *, learner: MetaLearner, num_tasks: int, batch_size: int) -> Metrics:
-    def one_task(key: Array) -> Metrics:
+    def one_task(state: State, sample: SampleFn, key: Array) -> Metrics:
         sample_key, evaluate_key = jax.random.split(key)
         return learner.evaluate(evaluate_key, state, sample(sample_key))
 
-    return lax.map(one_task, jax.random.split(key, num_tasks), batch_size=batch_size)
+    def share(common: tuple[State, SampleFn], keys: Array) -> Metrics:
+        return lax.map(functools.partial(one_task, *common), keys, batch_size=batch_size)
+
+    keys = jax.random.split(key, num_tasks)
+    filled = keys[jnp.arange(num_tasks + -num_tasks % num_shares()) % num_tasks]  # to a multiple of the devices
+    return jax.tree.map(lambda leaf: leaf[:num_tasks], divide(share, (state, sample), filled))
 
 
 def mean_and_ci95(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:

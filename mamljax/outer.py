@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from mamljax.devices import mean_over_devices, num_shares
 from mamljax.types import MetaLearner, Metrics, PyTree, State
 
 
@@ -33,8 +34,9 @@ def meta_learner(
             on the same data), as line searches do.
         gather: (key, params, task) -> data of one task; draws what the loss needs, such as trajectories, and is not
             differentiated. By default the data is the task.
-        chunk_size: tasks differentiated at a time, a divisor of B; by default all of them. Fewer take less memory, and on a
-            CPU less time where the activations of all tasks do not fit the cache. The result is the same.
+        chunk_size: tasks that a device differentiates at a time, a divisor of its share of B; by default all of them. Fewer
+            take less memory, and on a CPU less time where the activations of all tasks do not fit the cache. The result is
+            the same.
 
     Returns:
         A meta-learner whose metrics are `loss` (mean over tasks, before the update) and `grad_norm` (of the meta-gradient).
@@ -55,7 +57,8 @@ def meta_learner(
         def meta_loss(params: PyTree, data: PyTree = data) -> Array:
             return jax.vmap(task_loss, in_axes=(None, 0))(params, data).mean()
 
-        loss, grads = _mean_over_chunks(partial(jax.value_and_grad(meta_loss), state.params), data, chunk_size)
+        mean = partial(_mean_over_chunks, jax.value_and_grad(meta_loss), chunk_size)
+        loss, grads = mean_over_devices(mean, state.params, data)
         updates, opt = tx.update(grads, state.opt, state.params, value=loss, grad=grads, value_fn=meta_loss)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=optax.apply_updates(state.params, updates), opt=opt), metrics
@@ -63,20 +66,20 @@ def meta_learner(
     return MetaLearner(init, update, evaluate)
 
 
-def _mean_over_chunks(fn: Callable[[PyTree], PyTree], data: PyTree, chunk_size: int | None) -> PyTree:
-    """The mean of `fn` over chunks of the leading axis of `data`, one after the other."""
+def _mean_over_chunks(fn: Callable[[PyTree, PyTree], PyTree], chunk_size: int | None, params: PyTree, data: PyTree) -> PyTree:
+    """The mean of `fn(params, chunk)` over chunks of the leading axis of `data`, one after the other."""
     num_tasks = len(jax.tree.leaves(data)[0])
-    if chunk_size is None or chunk_size == num_tasks:
-        return fn(data)
+    if chunk_size is None or num_tasks <= chunk_size <= num_tasks * num_shares():
+        return fn(params, data)
     if not 1 <= chunk_size <= num_tasks or num_tasks % chunk_size:
-        raise ValueError(f"chunk_size must divide the number of tasks in a meta-batch, {num_tasks}, got {chunk_size}.")
+        share = f" of each of {num_shares()} devices" if num_shares() > 1 else ""
+        raise ValueError(f"chunk_size must divide the number of tasks in a meta-batch{share}, {num_tasks}, got {chunk_size}.")
     num_chunks = num_tasks // chunk_size
     chunks = jax.tree.map(lambda leaf: leaf.reshape(num_chunks, chunk_size, *leaf.shape[1:]), data)
 
     def add(total: PyTree, chunk: PyTree) -> tuple[PyTree, None]:
-        return jax.tree.map(lambda sum_, term: sum_ + term / num_chunks, total, fn(chunk)), None
+        return jax.tree.map(lambda sum_, term: sum_ + term / num_chunks, total, fn(params, chunk)), None
 
-    zeros = jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(fn, jax.tree.map(lambda c: c[0], chunks))
-    )
+    shapes = jax.eval_shape(fn, params, jax.tree.map(lambda leaf: leaf[0], chunks))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return lax.scan(add, zeros, chunks)[0]

@@ -3,24 +3,26 @@
 import contextlib
 import functools
 import json
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mamljax.checkpoint import CheckpointError, Checkpoints
 from mamljax.checks import check_count
+from mamljax.devices import any_host, from_first_host, is_first_host, on, place, take_back, task_mesh
+from mamljax.interruption import interruptions
+from mamljax.loop import meta_updates, over_seeds, preparation
 from mamljax.record import Record
-from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_argument
+from mamljax.types import MetaLearner, SampleFn, State, as_argument
 
 
 class Progress(NamedTuple):
@@ -54,6 +56,7 @@ def fit(
     log_every: int = 100,
     validate_fn: Callable[[State], Array] | None = None,
     validate_every: int = 1000,
+    mesh: Mesh | None = None,
     directory: str | Path | None = None,
     config: Mapping[str, Any] = {},
     checkpoint_seconds: float = 30.0,
@@ -79,6 +82,9 @@ def fit(
         log_every: meta-updates per compiled call, and per line of the log.
         validate_fn: state -> error [], the lower the better, such as the mean loss over fixed validation tasks.
         validate_every: meta-updates between validations.
+        mesh: devices, of this host or of several joined by `jax.distributed.initialize()`, among which the tasks of a
+            meta-batch are divided; by default one. Results are equal up to rounding, and a run goes on with any other number
+            of devices. Of several hosts the first writes the files.
         directory: where to keep checkpoints and `metrics.jsonl`, a line for each compiled call; None keeps nothing.
         config: JSON values that decide how the run goes. A directory that holds a run of another configuration is refused;
             that the learner or the sampler is another one goes unnoticed unless it shows in here.
@@ -92,7 +98,8 @@ def fit(
         The last and the best state, the number of meta-updates done and the time they took.
 
     Raises:
-        ValueError: a count out of range, TensorBoard without a directory, or metrics that are not scalars.
+        ValueError: a count out of range, TensorBoard without a directory, metrics that are not scalars, or tasks that the
+            devices do not divide.
         CheckpointError: the directory cannot be used; see `Checkpoints`.
         DivergenceError: the loss or the meta-gradient is not finite. The last good checkpoint is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after saving.
@@ -103,54 +110,62 @@ def fit(
     if tensorboard and directory is None:
         raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
     _check_key(key)
-    over_seeds = functools.partial(_over_seeds, key.shape)
-    now = jax.jit(over_seeds(lambda key: _start(learner, key)))(key)
-    updates = over_seeds(meta_updates(learner, num_tasks, log_every), (0, 0, None, None, None))
-    run = jax.jit(updates, donate_argnums=0)
-    validate = jax.jit(over_seeds(_validate, (0, None)))
-    validate_fn = validate_fn and as_argument(validate_fn)
-    sampler_from = _preparation(sample, key, num_tasks, log_every)
+    mesh = None if mesh is None else task_mesh(mesh)
+    if mesh is not None and num_tasks % mesh.size:
+        raise ValueError(f"num_tasks must be a multiple of the number of devices, {mesh.size}, got {num_tasks}.")
+    by_seed = functools.partial(over_seeds, key.shape)
+    now = jax.jit(by_seed(functools.partial(_start, learner)))(key)
+    sampler_from, sampler_spec = preparation(sample, key, num_tasks, log_every, mesh)
+    updates = meta_updates(learner, num_tasks, log_every, sampler_spec=sampler_spec)
+    run = jax.jit(by_seed(updates, (0, 0, None, None, None)), donate_argnums=0)
+    validate = jax.jit(by_seed(_validate, (0, None)))
+    validate_fn = validate_fn and place(as_argument(validate_fn), mesh)
 
     decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
     with contextlib.ExitStack() as stack:
-        record = stack.enter_context(Record(directory, decisive, tensorboard=tensorboard))
-        interrupted = stack.enter_context(_interruptions())
-        done, now = record.restore(now)
+        record = stack.enter_context(Record(directory if is_first_host() else None, decisive, tensorboard=tensorboard))
+        interrupted = stack.enter_context(interruptions())
+        done, now = from_first_host(record.restore(now))
+        done, now = int(done), place(now, mesh)
         if done > num_updates:
             raise CheckpointError(
                 f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
             )
+        progress = progress and is_first_host()
         if done and progress:
             print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
         seldom = 0.2 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
         bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, mininterval=seldom)
         stack.enter_context(bar)
-        started = time.monotonic()
+        started, key = time.monotonic(), place(key, mesh)
         sampler = sampler_from(done)
-        while done < num_updates and not interrupted.is_set() and time.monotonic() - started < max_seconds:
+        while done < num_updates and not any_host(interrupted.is_set() or time.monotonic() - started >= max_seconds):
             every = [log_every] + [validate_every] * (validate_fn is not None)
             stop = min(num_updates, *(done + n - done % n for n in every))
-            state, metrics = run(now.state, key, done, stop, sampler)
+            with on(mesh):
+                state, metrics = run(now.state, key, done, stop, sampler)
             if stop < num_updates:
                 sampler = sampler_from(stop)  # while the device computes
             metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
             _check_finite(metrics, done, record.where)
-            _check_params(state, stop, record.where)
+            _check_params(take_back(state, mesh), stop, record.where)
             now = now._replace(state=state)
             line = {name: float(values.mean()) for name, values in metrics.items()}
             if validate_fn and stop % validate_every == 0:
-                now, error = validate(now, validate_fn)
-                line["validation_error"] = float(error.mean())
+                with on(mesh):
+                    now, error = validate(now, validate_fn)
+                line["validation_error"] = float(np.mean(error))
             bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}, refresh=False)
             bar.update(stop - done)
             done = stop
             record.log(done, line)
             if time.monotonic() - record.saved_at > checkpoint_seconds:
-                record.save(done, now)
-        record.save(done, now)
-    if interrupted.is_set():
+                record.save(done, take_back(now, mesh))
+        record.save(done, take_back(now, mesh))
+    if any_host(interrupted.is_set()):
         raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where}")
-    return Result(now.state, jax.jit(over_seeds(_best))(now), done, record.seconds)
+    now = take_back(now, mesh)
+    return Result(now.state, jax.jit(by_seed(_best))(now), done, record.seconds)
 
 
 def read_best(learner: MetaLearner, directory: str | Path, *, seeds: int) -> State:
@@ -191,73 +206,11 @@ def _check_params(state: State, done: int, where: str) -> None:
             raise DivergenceError(f"{name} is no longer finite after meta-update {done}{where}. Lower the outer step size.")
 
 
-def _over_seeds(shape: tuple[int, ...], fn: Callable, in_axes: int | tuple = 0) -> Callable:
-    """Map `fn` over a seed axis, if there is one. A lone seed runs without: a batch axis of one costs a fifth of the speed."""
-    if shape == ():
-        return fn
-    if shape != (1,):
-        return jax.vmap(fn, in_axes)
-
-    def alone(*args: PyTree) -> PyTree:
-        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
-        args = [arg if axis is None else jax.tree.map(lambda leaf: leaf[0], arg) for arg, axis in zip(args, axes, strict=True)]
-        return jax.tree.map(lambda leaf: leaf[None], fn(*args))
-
-    return alone
-
-
 def _start(learner: MetaLearner, key: Array) -> Progress:
     state = jax.tree.map(
         lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), learner.init(key)
     )  # no weak types: they would retrace
     return Progress(state, state, jnp.float32(jnp.inf))
-
-
-def meta_updates(learner: MetaLearner, num_tasks: int, length: int) -> Callable:
-    """Build a loop of meta-updates: (state, key, start, stop, sample) -> (state, metrics [length]), to be compiled.
-
-    It runs updates `start` to `stop`, at most `length` of them; as both are arguments, one compilation serves every call.
-    `sample` must be a pytree: a `jax.tree_util.Partial`.
-    """
-
-    def update(t: Array, state: State, key: Array, sample: SampleFn) -> tuple[State, Metrics]:
-        task_keys, update_key = _keys_of_update(key, t, num_tasks)
-        return learner.update(update_key, state, jax.vmap(sample)(task_keys))
-
-    def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
-        def body(t: Array, carry: tuple) -> tuple:
-            state, log = carry
-            state, metrics = update(t, state, key, sample)
-            return state, jax.tree.map(lambda values, value: values.at[t - start].set(value), log, metrics)
-
-        shapes = jax.eval_shape(update, start, state, key, sample)[1]
-        for name, value in shapes.items():
-            if value.shape != ():
-                raise ValueError(f"the metrics of an update must be scalars, got {name} of shape {value.shape}. Take its mean.")
-        log = {name: jnp.zeros((length, *value.shape), value.dtype) for name, value in shapes.items()}
-        return lax.fori_loop(start, stop, body, (state, log))
-
-    return run
-
-
-def _keys_of_update(key: Array, t: Array, num_tasks: int) -> tuple[Array, Array]:
-    """The keys of meta-update t: of its tasks [num_tasks], and of the update itself."""
-    sample_key, update_key = jax.random.split(jax.random.fold_in(key, t))
-    return jax.random.split(sample_key, num_tasks), update_key
-
-
-def _preparation(sample: SampleFn, key: Array, num_tasks: int, length: int) -> Callable[[int], SampleFn]:
-    """Build the function from a meta-update to a sampler that serves it and the next `length - 1`."""
-    if not hasattr(sample, "prepare"):
-        always = as_argument(sample)
-        return lambda start: always
-
-    @jax.jit
-    def task_keys(start: Array) -> Array:
-        of_update = jax.vmap(lambda key, t: _keys_of_update(key, t, num_tasks)[0], in_axes=(None, 0))
-        return jax.vmap(of_update, in_axes=(0, None))(key.reshape(-1), start + jnp.arange(length)).reshape(-1)
-
-    return lambda start: sample.prepare(task_keys(start))
 
 
 def _validate(progress: Progress, validate_fn: Callable[[State], Array]) -> tuple[Progress, Array]:
@@ -283,29 +236,3 @@ def _check_finite(metrics: dict[str, np.ndarray], done: int, where: str) -> None
                 f"{name}{seeds} became {values[(*seed, offset)]} at meta-update {done + offset + 1}{where}. "
                 "Lower the inner or the outer step size, or clip the meta-gradient."
             )
-
-
-@contextlib.contextmanager
-def _interruptions() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event, so that the update under way can be finished and saved."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore_handlers() -> None:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-    def on_signal(number: int, frame: Any) -> None:
-        event.set()
-        restore_handlers()
-        print("\nStopping after the updates under way, to save. Once more to stop at once.", file=sys.stderr)
-
-    for number in previous:
-        signal.signal(number, on_signal)
-    try:
-        yield event
-    finally:
-        restore_handlers()

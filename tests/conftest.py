@@ -1,5 +1,13 @@
-"""Strictness for the whole suite: no silent broadcasting between ranks; warnings are errors (setup.cfg)."""
+"""For the whole suite: no silent broadcasting between ranks; four CPU devices; programs compiled fast rather than to be fast.
 
-import jax
+Warnings are errors (setup.cfg).
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # half the time of the suite
+
+import jax  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_num_cpu_devices", 4)

@@ -1,0 +1,114 @@
+"""Several devices and hosts: each takes an equal share of the tasks; one all-reduce averages what they found.
+
+`jax.set_mesh` says over which devices to divide; without a mesh everything here does nothing. `train.fit` sets it from its
+argument.
+"""
+
+import contextlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mamljax.types import PyTree
+
+EVERYWHERE = PartitionSpec()  # a copy on each device
+BY_TASK = PartitionSpec("tasks")  # the leading axis divided among them
+
+
+def task_mesh(devices: Mesh | int | None = None) -> Mesh:
+    """Make the mesh over which tasks are divided.
+
+    Args:
+        devices: any mesh, of which all devices are taken; or how many of each host's devices, by default all.
+
+    Raises:
+        ValueError: there are not that many.
+    """
+    if isinstance(devices, Mesh):
+        chosen = list(devices.devices.flat)
+    else:
+        number = jax.local_device_count() if devices is None else devices
+        if not 1 <= number <= jax.local_device_count():
+            raise ValueError(
+                f"{number} devices were asked for, but there are {jax.local_device_count()} ({jax.devices()[0].platform}). "
+                'On a CPU say so before anything is computed: jax.config.update("jax_num_cpu_devices", n).'
+            )
+        hosts = range(jax.process_count())
+        chosen = [device for host in hosts for device in [d for d in jax.devices() if d.process_index == host][:number]]
+    return Mesh(np.array(chosen), BY_TASK, axis_types=(AxisType.Auto,))
+
+
+def num_shares() -> int:
+    """Among how many devices tasks are divided here: those of `jax.set_mesh`, or one."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get("tasks", 1)
+
+
+def divide(
+    fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, tasks: PyTree, *, common_spec: PartitionSpec = EVERYWHERE
+) -> PyTree:
+    """Apply `fn(common, tasks)` to each device's share of the leading axis of `tasks`; the results are joined along it."""
+    if num_shares() == 1:
+        return fn(common, tasks)
+    specs = {"in_specs": (common_spec, BY_TASK), "out_specs": BY_TASK}
+    return jax.shard_map(fn, check_vma=False, **specs)(common, tasks)
+
+
+def mean_over_devices(fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, tasks: PyTree) -> PyTree:
+    """Apply `fn(common, tasks)` to each device's share of the leading axis of `tasks`; the results are averaged."""
+    if num_shares() == 1:
+        return fn(common, tasks)
+    specs = {"in_specs": (EVERYWHERE, BY_TASK), "out_specs": EVERYWHERE}
+    return jax.shard_map(lambda *args: lax.pmean(fn(*args), *BY_TASK), check_vma=False, **specs)(common, tasks)
+
+
+def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Divide tasks among the devices of a mesh within this context; None changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def place(tree: PyTree, mesh: Mesh | None, spec: PartitionSpec = EVERYWHERE) -> PyTree:
+    """Put arrays of this host onto the devices of a mesh: copies of them, or this host's share of the leading axis."""
+    if mesh is None:
+        return tree
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return _map_data(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
+
+
+def take_back(tree: PyTree, mesh: Mesh | None) -> PyTree:
+    """Return the copies that `place` has made as arrays of the default device."""
+    if mesh is None:
+        return tree
+    return jax.tree.map(jnp.asarray, _map_data(lambda leaf: leaf, jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)))
+
+
+def is_first_host() -> bool:
+    """Whether this process is the one that writes files."""
+    return jax.process_index() == 0
+
+
+def from_first_host(tree: PyTree) -> PyTree:
+    """Return what the first of several processes passes; all must call this."""
+    return tree if jax.process_count() == 1 else _map_data(multihost_utils.broadcast_one_to_all, tree)
+
+
+def any_host(flag: bool) -> bool:
+    """Whether any of several processes passes true; all must call this."""
+    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(flag)).any())
+
+
+def _map_data(fn: Callable[[np.ndarray], PyTree], tree: PyTree) -> PyTree:
+    """Apply `fn` to each leaf as a NumPy array; to a random key's data, and make keys of the results."""
+
+    def apply(leaf: PyTree) -> PyTree:
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(fn(np.asarray(jax.random.key_data(leaf))), impl=jax.random.key_impl(leaf))
+        return fn(np.asarray(leaf))
+
+    return jax.tree.map(apply, tree)

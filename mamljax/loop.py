@@ -1,0 +1,86 @@
+"""Many meta-updates in one compiled call, with the tasks that each of them draws."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+
+from mamljax.devices import BY_TASK, EVERYWHERE, divide, place
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_argument
+
+
+def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_spec: PartitionSpec = EVERYWHERE) -> Callable:
+    """Build a loop of meta-updates: (state, key, start, stop, sample) -> (state, metrics [length]), to be compiled.
+
+    It runs updates `start` to `stop`, at most `length` of them; as both are arguments, one compilation serves every call.
+    `sample` must be a pytree, a `jax.tree_util.Partial`; `sampler_spec` says how its arrays lie on several devices.
+    """
+
+    def draw(sample: SampleFn, keys: Array) -> PyTree:
+        return jax.vmap(sample)(keys)
+
+    def update(t: Array, state: State, key: Array, sample: SampleFn) -> tuple[State, Metrics]:
+        task_keys, update_key = _keys_of_update(key, t, num_tasks)
+        return learner.update(update_key, state, divide(draw, sample, task_keys, common_spec=sampler_spec))
+
+    def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
+        def body(t: Array, carry: tuple) -> tuple:
+            state, log = carry
+            state, metrics = update(t, state, key, sample)
+            return state, jax.tree.map(lambda values, value: values.at[t - start].set(value), log, metrics)
+
+        shapes = jax.eval_shape(update, start, state, key, sample)[1]
+        for name, value in shapes.items():
+            if value.shape != ():
+                raise ValueError(f"the metrics of an update must be scalars, got {name} of shape {value.shape}. Take its mean.")
+        log = {name: jnp.zeros((length, *value.shape), value.dtype) for name, value in shapes.items()}
+        return lax.fori_loop(start, stop, body, (state, log))
+
+    return run
+
+
+def _keys_of_update(key: Array, t: Array, num_tasks: int) -> tuple[Array, Array]:
+    """The keys of meta-update t: of its tasks [num_tasks], and of the update itself."""
+    sample_key, update_key = jax.random.split(jax.random.fold_in(key, t))
+    return jax.random.split(sample_key, num_tasks), update_key
+
+
+def preparation(
+    sample: SampleFn, key: Array, num_tasks: int, length: int, mesh: Mesh | None
+) -> tuple[Callable[[int], SampleFn], PartitionSpec]:
+    """Build the function from a meta-update to a sampler, on its devices, that serves it and the next `length - 1`.
+
+    Returns it and how the sampler's arrays lie on several devices: where tasks are prepared, each has those of its own.
+    """
+    if not hasattr(sample, "prepare"):
+        always = place(as_argument(sample), mesh)
+        return lambda start: always, EVERYWHERE
+    devices = np.array(jax.local_devices()[:1]) if mesh is None else mesh.devices
+    mine = np.flatnonzero([device.process_index == jax.process_index() for device in devices])
+
+    @jax.jit
+    def task_keys(start: Array) -> Array:
+        of_update = jax.vmap(lambda key, t: _keys_of_update(key, t, num_tasks)[0], in_axes=(None, 0))
+        keys = jax.vmap(of_update, in_axes=(0, None))(key.reshape(-1), start + jnp.arange(length))
+        by_device = jnp.moveaxis(keys.reshape(-1, length, len(devices), num_tasks // len(devices)), 2, 0)
+        return by_device[mine].reshape(-1)
+
+    return lambda start: place(sample.prepare(task_keys(start)), mesh, BY_TASK), BY_TASK
+
+
+def over_seeds(shape: tuple[int, ...], fn: Callable, in_axes: int | tuple = 0) -> Callable:
+    """Map `fn` over a seed axis, if there is one. A lone seed runs without: a batch axis of one costs a fifth of the speed."""
+    if shape == ():
+        return fn
+    if shape != (1,):
+        return jax.vmap(fn, in_axes)
+
+    def alone(*args: PyTree) -> PyTree:
+        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+        args = [arg if axis is None else jax.tree.map(lambda leaf: leaf[0], arg) for arg, axis in zip(args, axes, strict=True)]
+        return jax.tree.map(lambda leaf: leaf[None], fn(*args))
+
+    return alone
