@@ -216,7 +216,8 @@ def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
         return
     numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
     num_processes, process_id = (None if number is None else int(number) for number in numbers)
-    limits = {"initialization_timeout": options.join_seconds, "heartbeat_timeout_seconds": options.join_seconds}
+    stages = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
+    limits = dict.fromkeys(stages, options.join_seconds)
     try:
         jax.distributed.initialize(num_processes=num_processes, process_id=process_id, **limits)
     except (RuntimeError, ValueError) as error:
