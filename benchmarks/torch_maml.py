@@ -131,7 +131,7 @@ def compiled(arithmetic: Arithmetic, params: Params, tasks: Task) -> Callable[[]
     def backward() -> Tensor:
         gradient, loss = run({name: value.detach() for name, value in params.items()}, tasks)
         for name, value in params.items():
-            value.grad = gradient[name]
+            value.grad = gradient[name].contiguous()  # fused Adam takes no other layout
         return loss
 
     backward()

@@ -42,7 +42,7 @@ def by_higher(arithmetic: Arithmetic, params: Params, tasks: Task) -> Callable[[
                 loss.backward()
             else:
                 for value, slope in zip(params.values(), torch.autograd.grad(loss, list(fast.parameters())), strict=True):
-                    value.grad = slope if value.grad is None else value.grad + slope
+                    value.grad = slope.contiguous() if value.grad is None else value.grad + slope  # fused Adam's layout
         return loss.detach()
 
     return lambda: sum(add_gradient(Task(*task)) for task in zip(*tasks, strict=True))
