@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -207,6 +207,7 @@ def measure(options: Options) -> list[report.Row]:
         raise ValueError(f"this benchmark is for the CPU, but JAX runs on the {backend}. Set JAX_PLATFORMS=cpu.")
     if not options.compile_seconds >= 0:
         raise ValueError(f"--compile-seconds must be at least 0, got {options.compile_seconds}.")
+    _threads()  # now, before anything can change it
     rows, peers = [], available(options.compile_seconds)
     for problem in problems_of(options):
         for order in ("second", "first"):
@@ -247,8 +248,9 @@ def _distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray] | None = 
     return float(np.sqrt(sum(np.sum((value - (b[name] if b else 0)) ** 2) for name, value in a.items())))
 
 
+@cache
 def _threads() -> int:
-    """Cores that this process may use, and therefore threads of JAX."""
+    """Cores that this process might use when it began, and therefore threads of JAX."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
