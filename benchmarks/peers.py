@@ -68,6 +68,7 @@ class Method(NamedTuple):
 
     update: Callable[[int], object]  # do so many, return the loss before the last
     moments: Callable[[], Mapping[str, np.ndarray]]  # Adam's mean of the meta-gradients; after the first, a tenth of it
+    together: int = 1  # meta-updates that are timed as one
 
 
 def problems_of(options: Options) -> list[Problem]:
@@ -96,7 +97,7 @@ def by_library(problem: Problem, params: PyTree, tasks: Task, differentiation: D
         state, loss = jax.block_until_ready(run(state, tasks, count))
         return loss
 
-    return Method(update, lambda: _named(optax.tree.get(state.opt, "mu")))
+    return Method(update, lambda: _named(optax.tree.get(state.opt, "mu")), problem.updates)
 
 
 def by_peer(name: str, problem: Problem, params: PyTree, tasks: Task, *, second_order: bool) -> Method:
@@ -221,8 +222,8 @@ def measure(options: Options) -> list[report.Row]:
 
 def compare(problem: Problem, setting: str, methods: Mapping[str, Method], repeats: int) -> list[report.Row]:
     """Rows of one setting."""
-    runs = {name: partial(method.update, problem.updates) for name, method in methods.items()}
-    times = {name: time / problem.updates for name, time in harness.medians(runs, repeats).items()}
+    runs = {name: partial(method.update, method.together) for name, method in methods.items()}
+    times = {name: time / methods[name].together for name, time in harness.medians(runs, repeats).items()}
     fastest = min((times[name] for name in PEERS if name in times), default=None)
     conditions = f"median of {repeats}, {problem.num_tasks} tasks, threads: {_threads()}"
     meaning = "time of the fastest peer divided by that of the method: above 1 is faster than all peers"

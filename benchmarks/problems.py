@@ -36,7 +36,7 @@ class Problem(NamedTuple):
     differentiation: Differentiation
     chunk_size: int | None
     ways: int = 5
-    updates: int = 1  # meta-updates that are timed together, of which a single one is too short
+    updates: int = 1  # meta-updates that the library does in one call where a single one is too short to time
 
 
 PROBLEMS = {
