@@ -4,10 +4,12 @@ A benchmark is a dataclass of options, among them `repeats` and `out`, and a fun
 """
 
 import dataclasses
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +20,7 @@ from mamljax.checks import check_count
 from mamljax.files import write_atomically
 
 UNTRAINED = {"ci95": float("nan"), "seeds": 0, "meta_updates": 0}  # the fields of a row that a benchmark leaves empty
+NO_ROOM = "does not fit in memory"  # the note of a row without a number
 
 
 def medians(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -40,18 +43,76 @@ def milliseconds(run: Callable[[], object], at_least: float = 0.02) -> float:
     return 1e3 * (time.perf_counter() - started) / calls
 
 
-def main(
-    benchmark: str, options_type: type, measure: Callable[[Any], list[report.Row]], argv: Sequence[str] | None = None
-) -> int:
-    """Read the command line, measure, write `results.json` and `report.md`, print the tables.
+def free_megabytes() -> float:
+    """Memory that JAX's device has left; infinity where nothing tells. A container may allow less."""
+    of_device = jax.devices()[0].memory_stats()
+    if of_device and "bytes_limit" in of_device:
+        return (of_device["bytes_limit"] - of_device["bytes_in_use"]) / 1e6
+    try:
+        available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:  # not Linux
+        available = None
+    return int(available[1]) * 1024 / 1e6 if available else float("inf")
 
-    Where the number of adaptation steps varies there is a figure as well.
+
+def planned_megabytes(compiled: Any) -> float:
+    """Temporary memory of a compiled program, as the compiler has planned it."""
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def has_room(run: Callable[[], object], megabytes: float, limit: float) -> bool:
+    """Whether a program that takes so many megabytes fits; if its size does not tell, by running it once."""
+    if megabytes > limit:  # on a CPU the system would kill the process
+        return False
+    try:
+        jax.block_until_ready(run())
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return False
+    return True
+
+
+def bars(results: Mapping[str, Any], path: Path) -> None:
+    """Draw the rows of a results file as bars: metrics across, settings down, a bar for each method."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["rows"] if row.mean is not None]
+    if not rows:
+        return
+    settings, metrics = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("setting", "metric"))
+    most = max(sum((row.setting, row.metric) == (setting, metrics[0]) for row in rows) for setting in settings)
+    figure = Figure(figsize=(1 + 5 * len(metrics), (1 + 0.3 * most) * len(settings)), layout="constrained")
+    panels = figure.subplots(len(settings), len(metrics), squeeze=False)
+    for setting, line in zip(settings, panels, strict=True):
+        for metric, axes in zip(metrics, line, strict=True):
+            shown = [row for row in rows if (row.setting, row.metric) == (setting, metric)]
+            drawn = axes.barh([row.method for row in shown], [row.mean for row in shown], color="C0")
+            axes.bar_label(drawn, fmt="%.4g", padding=3)
+            axes.set_title(f"{setting}: {metric}", fontsize="medium")
+            axes.invert_yaxis()
+            axes.margins(x=0.15)
+    figure.savefig(path, dpi=100)
+
+
+def main(
+    benchmark: str,
+    options_type: type,
+    measure: Callable[[Any], list[report.Row]],
+    argv: Sequence[str] | None = None,
+    *,
+    drawn: Callable[[report.Row], bool] = lambda row: True,
+) -> int:
+    """Read the command line, measure, write `results.json`, `report.md` and a figure, print the tables.
+
+    The figure has curves where the number of adaptation steps varies, and else bars.
 
     Args:
         benchmark: name for the results file.
         options_type: dataclass of the options; every whole number among them must be at least 1.
         measure: options -> rows.
         argv: command line; by default that of the process.
+        drawn: whether a row is in the figure; by default all are.
 
     Returns:
         The exit code: 0 for success, 2 for an error.
@@ -62,7 +123,7 @@ def main(
     try:
         for name, value in config.items():
             for item in value if isinstance(value, tuple) else (value,):
-                if isinstance(item, int):
+                if isinstance(item, int) and not isinstance(item, bool):
                     check_count("--" + name.replace("_", "-"), item)
         options.out.mkdir(parents=True, exist_ok=True)
         rows = measure(options)
@@ -72,7 +133,7 @@ def main(
     report.write_results(path, experiment=benchmark, config=config, rows=rows, seconds=time.monotonic() - started)
     results = report.read_results(path)
     write_atomically(path.with_name("report.md"), report.markdown(results))
-    if len({row.step for row in rows}) > 1:
-        report.learning_curves(results, path.with_name(f"{benchmark}.png"))
+    draw = report.learning_curves if len({row.step for row in rows}) > 1 else bars
+    draw(results | {"rows": [row for row in results["rows"] if drawn(row)]}, path.with_name(f"{benchmark}.png"))
     print(report.markdown(results))
     return 0

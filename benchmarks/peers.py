@@ -1,16 +1,21 @@
-"""How fast is the library? Its meta-update against the same one in PyTorch.
+"""How fast is the library? Its meta-update against the same one in PyTorch and the packages for it.
 
-`python benchmarks/peers.py` times MAML on Omniglot 5-way 1-shot with the paper's convolutional network, on the CPU: the
-meta-gradient on 32 tasks and Adam, second and first order, by this library, by `torch.func` and by a loop over tasks. Before
-that it checks that all compute the same from the same weights and tasks. The images are noise: neither depends on them.
+`python benchmarks/peers.py` times MAML on the CPU: meta-gradient and Adam, second and first order, on Omniglot 5-way 1-shot, on
+miniImageNet 5-way 1-shot and on sinusoids, with the paper's networks and the settings of the experiments. The peers are a loop
+over tasks, `torch.func`, `torch.compile` of that, `higher` and TorchOpt. First it checks that all compute the same from the
+same weights and tasks. The images are noise: neither depends on them. The library runs its meta-updates in a compiled loop, as
+`fit` does; the tasks are fixed on both sides.
 
 Each uses as many threads as this process may use cores: `taskset -c 0 python benchmarks/peers.py` measures on one.
 """
 
+import contextlib
 import dataclasses
+import importlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -20,108 +25,165 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
+from problems import META_LR, PROBLEMS, Name, Problem, build_learner, weights_and_tasks
 
 from mamljax import report
 from mamljax.inner import Differentiation
-from mamljax.losses import cross_entropy
-from mamljax.maml import maml
-from mamljax.models import StridedConvNet, from_linen
-from mamljax.rules import all_but
-from mamljax.tasks.images import as_task
-from mamljax.types import Model, PyTree, State, Task
+from mamljax.types import PyTree, State, Task
 
-WAYS, INNER_LR, META_LR = 5, 2.0, 1e-3
-STYLES = {"torch.func": "PyTorch, torch.func", "loop": "PyTorch, loop over tasks"}
+PEERS = {  # name -> package that it needs
+    "torch.func": "torch",
+    "torch.compile": "torch",
+    "loop over tasks": "torch",
+    "higher": "higher",
+    "TorchOpt": "torchopt",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The library's meta-update against the same one in PyTorch."""
+    """The library's meta-update against the same one in PyTorch and the packages for it."""
 
-    num_tasks: int = 32
-    """Tasks in a meta-batch."""
-    filters: int = 64
-    """Channels of each convolution."""
-    chunk_size: int = 4
+    problem: tuple[Name, ...] = tuple(PROBLEMS)
+    """What to learn."""
+    num_tasks: int | None = None
+    """Tasks in a meta-batch; this and the next three are as in the experiment if not given."""
+    width: int | None = None
+    """Channels of each convolution, or units of each hidden layer."""
+    chunk_size: int | None = None
     """Tasks that the library differentiates at a time, a divisor of --num-tasks."""
-    differentiation: Literal["mixed", "reverse"] = "reverse"
+    differentiation: Literal["mixed", "reverse"] | None = None
     """How the library differentiates through adaptation; both are exact."""
+    compile_seconds: float = 300.0
+    """Time that `torch.compile` may take for each program, before it is left out; 0 leaves it out at once."""
     repeats: int = 7
     """Measurements, of which the median counts; all take turns."""
     out: Path = Path("out/peers")
-    """Directory for results.json and report.md."""
+    """Directory for results.json, report.md and the figure."""
 
 
 class Method(NamedTuple):
     """One way to do the meta-update."""
 
-    update: Callable[[], object]  # do one, return the loss before it
+    update: Callable[[int], object]  # do so many, return the loss before the last
     moments: Callable[[], Mapping[str, np.ndarray]]  # Adam's mean of the meta-gradients; after the first, a tenth of it
+    together: int = 1  # meta-updates that are timed as one
 
 
-def by_library(options: Options, params: PyTree, tasks: Task, differentiation: Differentiation) -> Method:
-    """With the library, as the experiment does it."""
-    learner = maml(
-        _model(options),
-        cross_entropy,
-        rule=all_but(("shift",), INNER_LR),
-        inner_steps=1,
-        eval_steps=1,
-        tx=(tx := optax.adam(META_LR)),
-        differentiation=differentiation,
-        chunk_size=options.chunk_size,
-    )
+def problems_of(options: Options) -> list[Problem]:
+    """The problems, with what the options change of them."""
+    names = ("num_tasks", "width", "chunk_size", "differentiation")
+    changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+    return [PROBLEMS[name]._replace(**changes) for name in options.problem]
+
+
+def by_library(problem: Problem, params: PyTree, tasks: Task, differentiation: Differentiation) -> Method:
+    """With the library."""
+    learner, key = build_learner(problem, differentiation), jax.random.key(0)
     params, tasks = jax.device_put((params, tasks))
-    key, run, state = jax.random.key(0), jax.jit(learner.update), State(params, tx.init(params))
+    state = State(params, optax.adam(META_LR).init(params))
 
-    def update() -> Array:
+    @jax.jit
+    def run(state: State, tasks: Task, count: int) -> tuple[State, Array]:
+        def body(t: Array, carry: tuple) -> tuple:
+            state, metrics = learner.update(jax.random.fold_in(key, t), carry[0], tasks)
+            return state, metrics["loss"]
+
+        return lax.fori_loop(0, count, body, (state, jnp.zeros((), tasks.query.x.dtype)))
+
+    def update(count: int) -> Array:
         nonlocal state
-        state, metrics = run(key, state, tasks)
-        jax.block_until_ready(state)
-        return metrics["loss"]
+        state, loss = jax.block_until_ready(run(state, tasks, count))
+        return loss
 
-    return Method(update, lambda: _named(optax.tree.get(state.opt, "mu")))
-
-
-@cache
-def problem(options: Options) -> tuple[PyTree, Task]:
-    """Weights and tasks for all methods, float32 NumPy arrays."""
-    images = np.random.default_rng(0).integers(0, 256, (options.num_tasks, WAYS, 2, 28, 28, 1), np.uint8)
-    tasks = jax.vmap(partial(as_task, shots=1))(images)
-    return jax.tree.map(np.asarray, (jax.jit(_model(options).init)(jax.random.key(0)), tasks))
+    return Method(update, lambda: _named(optax.tree.get(state.opt, "mu")), problem.updates)
 
 
-def methods(options: Options, params: PyTree, tasks: Task, *, second_order: bool) -> dict[str, Method]:
-    """Every method that is installed, all with the same weights and tasks."""
-    mode = options.differentiation if second_order else "first_order"
-    found = {f"mamljax, {mode}": by_library(options, params, tasks, mode)}
-    try:
-        import torch
-        import torch_maml
-    except ModuleNotFoundError as error:
-        if error.name != "torch":
-            raise
-        return found
+def by_peer(name: str, problem: Problem, params: PyTree, tasks: Task, *, second_order: bool) -> Method:
+    """With PyTorch."""
+    import torch
+    import torch_maml
+    import torch_packages
+
     torch.set_num_threads(_threads())
-    x, y = (np.stack(pair, axis=1) for pair in zip(*tasks, strict=True))
-    settings = {"inner_lr": INNER_LR, "meta_lr": META_LR, "second_order": second_order}
-    for style, name in STYLES.items():
-        found[name] = Method(*torch_maml.build(_named(params), x, y, style=style, **settings))
+    style = (torch_maml.STYLES | {"higher": torch_packages.by_higher, "TorchOpt": torch_packages.by_torchopt})[name]
+    arithmetic = torch_maml.Arithmetic(
+        torch_maml.NETWORKS[problem.network],
+        torch.nn.functional.cross_entropy if problem.image else torch.nn.functional.mse_loss,
+        problem.inner_lr,
+        problem.inner_steps,
+        second_order,
+    )
+    return Method(*torch_maml.build(style, arithmetic, _named(params), (*tasks.support, *tasks.query), meta_lr=META_LR))
+
+
+def available(compile_seconds: float) -> list[str]:
+    """The peers that are installed; says which are not."""
+    found = []
+    for name, package in PEERS.items():
+        if name == "torch.compile" and compile_seconds == 0:
+            continue
+        try:
+            importlib.import_module(package)
+            found.append(name)
+        except ImportError as error:
+            print(f'skipped {name}: {package} cannot be imported ({error}). pip install "mamljax[bench]"', file=sys.stderr)
     return found
 
 
-def check_both_precisions(options: Options, *, second_order: bool) -> None:
-    """Check that all methods compute the same: in float64 at full size, in float32 at a small one.
+def methods(
+    problem: Problem, params: PyTree, tasks: Task, peers: Sequence[str], *, second_order: bool, compile_seconds: float
+) -> dict[str, Method]:
+    """The library and the peers, all with the same weights and tasks."""
+    mode = problem.differentiation if second_order else "first_order"
+    found = {f"mamljax, {mode}": by_library(problem, params, tasks, mode)}
+    for name in peers:
+        try:
+            with _time_limit(compile_seconds if name == "torch.compile" else 0):
+                found[name] = by_peer(name, problem, params, tasks, second_order=second_order)
+        except Exception as error:
+            if name != "torch.compile":  # which may fail by what it finds on the machine, or take too long
+                raise
+            print(f"skipped {name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
+    return found
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` after so many seconds, if any; where the system has no timer there is no limit."""
+    if seconds == 0 or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s to compile")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def check_both_precisions(problem: Problem, peers: Sequence[str], *, second_order: bool, compile_seconds: float) -> None:
+    """Check that all methods compute the same: in float64, and in float32 at a small size.
 
     In float32 a full-size meta-batch has ReLUs whose input is zero but for rounding: on which side they fall depends on the
-    order of summation. PyTorch's meta-gradient in float32 is 4.5 % from its own in float64, by 4 of the 32 tasks.
+    order of summation. PyTorch's meta-gradient of Omniglot in float32 is 4.5 % from its own in float64, by 4 of the 32 tasks.
+    `torch.compile`, which takes a minute or so for each program, is checked in float32 alone.
     """
-    double = jax.tree.map(lambda leaf: leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf, problem(options))
+    settings = {"second_order": second_order, "compile_seconds": compile_seconds}
+    double = jax.tree.map(
+        lambda leaf: leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf, weights_and_tasks(problem)
+    )
     with jax.enable_x64(True):
-        check_agreement(methods(options, *double, second_order=second_order), tolerance=1e-9)
-    small = dataclasses.replace(options, filters=min(options.filters, 4), num_tasks=2, chunk_size=1)
-    check_agreement(methods(small, *problem(small), second_order=second_order), tolerance=1e-4)
+        eager = [name for name in peers if name != "torch.compile"]
+        check_agreement(methods(problem, *double, eager, **settings), tolerance=1e-9)
+    small = problem._replace(width=min(problem.width, 4), num_tasks=2, chunk_size=problem.chunk_size and 1)
+    check_agreement(methods(small, *weights_and_tasks(small), peers, **settings), tolerance=1e-4)
 
 
 def check_agreement(methods: Mapping[str, Method], tolerance: float) -> None:
@@ -131,9 +193,9 @@ def check_agreement(methods: Mapping[str, Method], tolerance: float) -> None:
         ValueError: losses or meta-gradients differ by more than `tolerance`, relative to their size.
     """
     (first, reference), *others = methods.items()
-    loss, moments = float(reference.update()), reference.moments()
+    loss, moments = float(reference.update(1)), reference.moments()
     for name, method in others:
-        loss_error = abs(float(method.update()) / loss - 1)
+        loss_error = abs(float(method.update(1)) / loss - 1)
         gradient_error = _distance(method.moments(), moments) / _distance(moments)
         print(f"{name}: loss and meta-gradient differ by {loss_error:.1e} and {gradient_error:.1e}", file=sys.stderr)
         if not (loss_error < tolerance and gradient_error < tolerance):  # NaN is no agreement
@@ -141,39 +203,39 @@ def check_agreement(methods: Mapping[str, Method], tolerance: float) -> None:
 
 
 def measure(options: Options) -> list[report.Row]:
-    """Rows of every method that is installed: time of a meta-update, and speed relative to `torch.func`."""
+    """Rows of every method that is installed: time of a meta-update, and speed relative to the fastest peer."""
     if (backend := jax.default_backend()) != "cpu":
         raise ValueError(f"this benchmark is for the CPU, but JAX runs on the {backend}. Set JAX_PLATFORMS=cpu.")
-    rows = []
-    for order in ("second", "first"):
-        found = methods(options, *problem(options), second_order=order == "second")
-        if len(found) > 1:
-            check_both_precisions(options, second_order=order == "second")
-        rows += compare(options, f"Omniglot {WAYS}-way 1-shot, {order} order", found)
-    missing = [name for name in STYLES.values() if name not in found]
-    if missing:
-        print(f'skipped {" and ".join(missing)}: PyTorch is not installed. pip install "mamljax[bench]"', file=sys.stderr)
+    if not options.compile_seconds >= 0:
+        raise ValueError(f"--compile-seconds must be at least 0, got {options.compile_seconds}.")
+    _threads()  # now, before anything can change it
+    rows, peers = [], available(options.compile_seconds)
+    for problem in problems_of(options):
+        for order in ("second", "first"):
+            settings = {"second_order": order == "second", "compile_seconds": options.compile_seconds}
+            found = methods(problem, *weights_and_tasks(problem), peers, **settings)
+            if peers:
+                check_both_precisions(problem, peers, **settings)
+            rows += compare(problem, f"{problem.name}, {order} order", found, options.repeats)
     return rows
 
 
-def compare(options: Options, setting: str, methods: Mapping[str, Method]) -> list[report.Row]:
+def compare(problem: Problem, setting: str, methods: Mapping[str, Method], repeats: int) -> list[report.Row]:
     """Rows of one setting."""
-    times = harness.medians({name: method.update for name, method in methods.items()}, options.repeats)
-    conditions = f"median of {options.repeats}, {options.num_tasks} tasks, threads: {_threads()}"
-    peer = STYLES["torch.func"]
-    meaning = f"time of {peer} divided by that of the method: above 1 is faster"
+    runs = {name: partial(method.update, method.together) for name, method in methods.items()}
+    times = {name: time / methods[name].together for name, time in harness.medians(runs, repeats).items()}
+    fastest = min((times[name] for name in PEERS if name in times), default=None)
+    conditions = f"median of {repeats}, {problem.num_tasks} tasks, threads: {_threads()}"
+    meaning = "time of the fastest peer divided by that of the method: above 1 is faster than all peers"
     rows = []
-    for name, median in times.items():
-        shared = {"method": name, "setting": setting, "step": 1, "tasks": options.num_tasks, **harness.UNTRAINED}
-        rows.append(report.Row(metric="milliseconds per meta-update", mean=median, protocol=conditions, **shared))
-        if peer in times:
-            speed = times[peer] / median
-            rows.append(report.Row(metric="speed relative to torch.func", mean=speed, protocol=meaning, **shared))
+    for name, time in times.items():
+        shared = {"method": name, "setting": setting, "step": problem.inner_steps, "tasks": problem.num_tasks}
+        shared |= harness.UNTRAINED
+        rows.append(report.Row(metric="milliseconds per meta-update", mean=time, protocol=conditions, **shared))
+        if fastest is not None:
+            metric = "speed relative to the fastest peer"
+            rows.append(report.Row(metric=metric, mean=fastest / time, protocol=meaning, **shared))
     return rows
-
-
-def _model(options: Options) -> Model:
-    return from_linen(StridedConvNet(WAYS, options.filters), jnp.zeros((1, 28, 28, 1)))
 
 
 def _named(params: PyTree) -> dict[str, np.ndarray]:
@@ -187,8 +249,9 @@ def _distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray] | None = 
     return float(np.sqrt(sum(np.sum((value - (b[name] if b else 0)) ** 2) for name, value in a.items())))
 
 
+@cache
 def _threads() -> int:
-    """Cores that this process may use, and therefore threads of JAX."""
+    """Cores that this process might use when it began, and therefore threads of JAX."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

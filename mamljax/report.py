@@ -226,7 +226,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
     for key in dict.fromkeys((row.method, row.protocol) for row in rows):
         mine = {row.step: row for row in rows if (row.method, row.protocol) == key}
         first = next(iter(mine.values()))
-        name = f"{first.method} ({first.note})" if first.note else first.method
+        name = f"{first.method} ({first.note})" if first.note and (trained or first.mean is not None) else first.method
         cells = [_cell(mine[step]) if step in mine else "" for step in steps]
         scope = [
             f"{first.meta_updates:,} meta-updates, {_plural(first.seeds, 'seed')}",
@@ -241,7 +241,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 def _cell(row: Row) -> str:
     interval = "" if row.ci95 is None else f" ± {_number(row.ci95, like=row.mean)}"
-    cell = "diverged" if row.mean is None else _number(row.mean) + interval
+    missing = "diverged" if row.seeds else row.note  # a benchmark says why it has no number
+    cell = missing if row.mean is None else _number(row.mean) + interval
     return cell if row.published is None else f"{cell} ({row.published:g})"
 
 

@@ -1,14 +1,19 @@
 """The comparison with PyTorch at tiny size, with and without PyTorch."""
 
 import sys
+import time
 
+import few_shot
 import numpy as np
 import peers
+import problems
 import pytest
+import sinusoid
 
 from mamljax import report
 
-TINY = ["--num-tasks", "2", "--filters", "2", "--chunk-size", "1", "--repeats", "1"]
+TINY = ["--problem", "sinusoid", "--num-tasks", "2", "--width", "4", "--chunk-size", "1", "--repeats", "1"]
+TINY += ["--compile-seconds", "0"]
 
 
 def test_all_methods_compute_the_same_and_are_timed(tmp_path, capsys):
@@ -16,26 +21,69 @@ def test_all_methods_compute_the_same_and_are_timed(tmp_path, capsys):
     pytest.importorskip("torch")
     assert peers.main([*TINY, "--out", str(tmp_path)]) == 0
     rows = report.read_results(tmp_path / "results.json")["rows"]
-    assert len(rows) == 3 * 2 * 2
+    installed = peers.available(compile_seconds=0)
+    assert [row.method for row in rows[::2]] == ["mamljax, reverse", *installed, "mamljax, first_order", *installed]
     assert all(row.mean > 0 for row in rows)
-    assert [row.mean for row in rows if row.method == "PyTorch, torch.func" and "relative" in row.metric] == [1.0, 1.0]
-    assert capsys.readouterr().err.count("differ by") == 2 * 2 * 2
+    relative = [row.mean for row in rows if "relative" in row.metric and "mamljax" not in row.method]
+    assert sorted(relative, reverse=True)[:2] == [1.0, 1.0]  # the fastest peer in each order
+    assert capsys.readouterr().err.count("differ by") == 2 * 2 * len(installed)
+    assert (tmp_path / "peers.png").exists()
 
 
-def test_without_pytorch_the_library_alone_is_timed(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # not through main(): tyro trips over it
-    rows = peers.measure(peers.Options(num_tasks=2, filters=2, chunk_size=1, repeats=1))
+@pytest.mark.parametrize("name", ["omniglot-5w1s", "miniimagenet-5w1s"])
+def test_networks_of_images_are_alike(name):
+    pytest.importorskip("torch")
+    size = {"image": (8, 8, 3), "queries": 1} if name == "omniglot-5w1s" else {"image": (18, 18, 3), "queries": 2}
+    problem = problems.PROBLEMS[name]._replace(width=2, num_tasks=2, chunk_size=1, inner_steps=2, **size)
+    installed = peers.available(compile_seconds=0)
+    settings = {"second_order": name != "omniglot-5w1s", "compile_seconds": 0}  # one of each order
+    found = peers.methods(problem, *problems.weights_and_tasks(problem), installed, **settings)
+    peers.check_agreement(found, tolerance=1e-3)
+
+
+def test_problems_are_those_of_the_experiments():
+    for name, problem in problems.PROBLEMS.items():
+        options = sinusoid.PRESETS["paper"] if name == "sinusoid" else few_shot.PRESETS[name]
+        names = ("num_tasks", "shots", "queries", "inner_lr", "inner_steps", "differentiation", "meta_lr")
+        ours = problem._asdict() | {"meta_lr": problems.META_LR}
+        assert {name: ours[name] for name in names} == {name: getattr(options, name) for name in names}
+        if name == "sinusoid":
+            assert (problem.width, problem.width) == options.hidden_sizes
+        else:
+            assert (problem.network, problem.width) == (options.network, options.filters)
+            assert (problem.ways, problem.chunk_size) == (options.ways, options.chunk_size)
+            assert (1, *problem.image) == few_shot.image_shape(options)
+
+
+def test_without_peers_the_library_alone_is_timed(capsys, monkeypatch):
+    for package in set(peers.PEERS.values()):
+        monkeypatch.setitem(sys.modules, package, None)  # not through main(): tyro trips over it
+    rows = peers.measure(peers.Options(problem=("sinusoid",), num_tasks=2, width=2, chunk_size=1, repeats=1))
     assert [(row.method, row.metric) for row in rows] == [
         ("mamljax, reverse", "milliseconds per meta-update"),
         ("mamljax, first_order", "milliseconds per meta-update"),
     ]
-    message = 'skipped PyTorch, torch.func and PyTorch, loop over tasks: PyTorch is not installed. pip install "mamljax[bench]"'
-    assert message in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    for name, package in peers.PEERS.items():
+        assert f"skipped {name}: {package} cannot be imported" in errors
+    assert 'pip install "mamljax[bench]"' in errors
+
+
+def test_what_compiles_for_too_long_is_left_out(capsys, monkeypatch):
+    def build(name, *arguments, **keywords):
+        time.sleep(10)
+
+    monkeypatch.setattr(peers, "by_peer", build)
+    problem = problems.PROBLEMS["sinusoid"]._replace(num_tasks=2, width=2)
+    settings = {"second_order": True, "compile_seconds": 0.1}
+    found = peers.methods(problem, *problems.weights_and_tasks(problem), ["torch.compile"], **settings)
+    assert list(found) == ["mamljax, reverse"]
+    assert "skipped torch.compile: TimeoutError: took more than 0.1 s to compile" in capsys.readouterr().err
 
 
 def test_disagreement_is_an_error():
     def method(loss, *moments):
-        return peers.Method(lambda: loss, lambda: {"kernel": np.array(moments)})
+        return peers.Method(lambda count: loss, lambda: {"kernel": np.array(moments)})
 
     reference = method(1.0, 3.0, 4.0)
     peers.check_agreement({"a": reference, "b": method(1.00001, 3.0, 4.0)}, tolerance=1e-4)
@@ -44,7 +92,7 @@ def test_disagreement_is_an_error():
             peers.check_agreement({"a": reference, "b": other}, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("option", ["--num-tasks", "--filters", "--chunk-size", "--repeats"])
+@pytest.mark.parametrize("option", ["--num-tasks", "--width", "--chunk-size", "--repeats"])
 def test_counts_are_positive(tmp_path, capsys, option):
     assert peers.main([*TINY, option, "0", "--out", str(tmp_path / "run")]) == 2
     assert f"error: {option} must be a whole number of at least 1, got 0" in capsys.readouterr().err
