@@ -182,6 +182,7 @@ def main(
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "mamljax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long as well
     # Orbax logs a traceback for each part of a failed save; what is wrong is said below, once.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
@@ -193,6 +194,12 @@ def main(
     except OSError as error:
         message = f"cannot write to {error.filename or options.out}: {error.strerror}"
         print(f"error: {message}. Make room, or choose another --out; what was saved before is kept.", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        if not options.distributed:
+            raise
+        lost = f"error: another process was lost ({str(error).splitlines()[0]})"
+        print(f"{lost}. Start all of them again: the same command goes on from the last checkpoint.", file=sys.stderr)
         return 2
     except (ValueError, CheckpointError, DataError, DivergenceError, report.ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -218,6 +225,12 @@ def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
     num_processes, process_id = (None if number is None else int(number) for number in numbers)
     stages = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
     limits = dict.fromkeys(stages, options.join_seconds)
+    # JAX may end the process itself, with little said, so this comes first.
+    wait = f"for {options.join_seconds} s at most; without them it ends, and checkpoints stay as they are"
+    print(
+        f"joining the other processes at {os.environ.get('JAX_COORDINATOR_ADDRESS', 'the coordinator')}, {wait}",
+        file=sys.stderr,
+    )
     try:
         jax.distributed.initialize(num_processes=num_processes, process_id=process_id, **limits)
     except (RuntimeError, ValueError) as error:

@@ -201,7 +201,7 @@ def _check_key(key: Array) -> None:
 
 def _check_params(state: State, done: int, where: str) -> None:
     for path, leaf in jax.tree.leaves_with_path(state.params):
-        if not jnp.isfinite(leaf).all():
+        if not np.isfinite(leaf).all():
             name = "params" + jax.tree_util.keystr(path)
             raise DivergenceError(f"{name} is no longer finite after meta-update {done}{where}. Lower the outer step size.")
 
