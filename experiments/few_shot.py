@@ -198,11 +198,10 @@ def execute(options: Options, run: runner.Run) -> None:
             protocol=options.protocol,
             metric="accuracy in %",
             tasks=eval_tasks(options),
-            seeds=options.seeds,
-            meta_updates=num_updates,
             published={} if published is None else {min(options.test_steps, len(mean) - 1): published},
             source=SOURCE,
             note=f"step size {lr:g}" if method in TUNED else "",
+            **run.effort(method),
         )
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
     results = run.write(rows)

@@ -128,6 +128,12 @@ class Run:
         """Where the checkpoints and the log of a method lie."""
         return self.options.out / "checkpoints" / method
 
+    def effort(self, method: str) -> dict[str, Any]:
+        """What went into a method, as fields of `report.Row`."""
+        result = self.results.get(method)
+        updates, seconds = (result.num_updates, round(result.seconds, 1)) if result else (0, None)
+        return {"seeds": self.options.seeds, "meta_updates": updates, "seconds": seconds}
+
     def write(self, rows: Sequence[report.Row]) -> Mapping[str, Any]:
         """Write `results.json` and `report.md`, show the tables, and say how to go on if time ran out."""
         out = self.options.out

@@ -101,11 +101,10 @@ def execute(options: Options, run: runner.Run) -> None:
                 protocol=options.protocol,
                 metric="mse",
                 tasks=options.eval_tasks,
-                seeds=options.seeds,
-                meta_updates=num_updates,
                 published=PUBLISHED.get(method, {}) if shots == 5 else {},
                 source=SOURCE,
                 note=f"step size {lr:g}" if method in TUNED else "",
+                **run.effort(method),
             )
     results = run.write(rows)
     report.learning_curves(results, options.out / "learning_curves.png")

@@ -39,6 +39,7 @@ class Row(NamedTuple):
     published: float | None = None
     source: str = ""
     note: str = ""
+    seconds: float | None = None  # of training, validation included, all seeds together
 
 
 class ResultsError(Exception):
@@ -229,7 +230,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         name = f"{first.method} ({first.note})" if first.note and (trained or first.mean is not None) else first.method
         cells = [_cell(mine[step]) if step in mine else "" for step in steps]
         scope = [
-            f"{first.meta_updates:,} meta-updates, {_plural(first.seeds, 'seed')}",
+            f"{first.meta_updates:,} meta-updates, {_plural(first.seeds, 'seed')}{_seconds(first)}",
             f"{first.tasks} tasks, {first.protocol} protocol",
         ]
         lines.append("| " + " | ".join([name, *cells, *(scope if trained else [])]) + " |")
@@ -244,6 +245,10 @@ def _cell(row: Row) -> str:
     missing = "diverged" if row.seeds else row.note  # a benchmark says why it has no number
     cell = missing if row.mean is None else _number(row.mean) + interval
     return cell if row.published is None else f"{cell} ({row.published:g})"
+
+
+def _seconds(row: Row) -> str:
+    return "" if row.seconds is None else f", {row.seconds:,.0f} s"
 
 
 def _number(value: float, *, like: float | None = None) -> str:

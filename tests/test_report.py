@@ -43,7 +43,7 @@ def test_the_schema(path):
     assert results["seconds"] == 12.3
     assert results["rows"][1] == {
         "method": "maml", "setting": "5-shot", "protocol": "paper", "metric": "mse", "step": 1, "mean": 0.5, "ci95": 0.05,
-        "tasks": 600, "seeds": 2, "meta_updates": 70_000, "published": 0.67, "source": SOURCE, "note": "",
+        "tasks": 600, "seeds": 2, "meta_updates": 70_000, "published": 0.67, "source": SOURCE, "note": "", "seconds": None,
     }  # fmt: skip
 
 
@@ -67,6 +67,12 @@ def test_table(path):
     assert f"| oracle | 0.002 ± 0.001 |  |  {scope}" in text
     assert f"| lost | 3.000 ± 0.100 | diverged | diverged {scope}" in text
     assert f"in brackets {SOURCE}." in text
+
+
+def test_a_table_tells_the_time_of_training():
+    row = Row("maml", **FIELDS, step=0, mean=1.0, ci95=0.1, seconds=1234.5)
+    results = {"experiment": "x", "environment": {"device": "", "versions": {}, "git": ""}, "seconds": 1.0, "rows": [row]}
+    assert "| 70,000 meta-updates, 2 seeds, 1,234 s |" in markdown(results)
 
 
 def test_long_tables_show_the_ends_and_what_was_published():

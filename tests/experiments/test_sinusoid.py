@@ -55,6 +55,8 @@ def results_of(out):
     """The results file without its times and place."""
     results = json.loads((out / "results.json").read_text())
     del results["seconds"], results["config"]["out"]
+    for row in results["rows"]:
+        del row["seconds"]
     return results
 
 
@@ -77,6 +79,7 @@ def test_writes_what_it_promises(finished):
     assert rows["pretrained", 1].published == 2.41
     assert rows["random", 1].note in ("step size 0.001", "step size 0.01")
     assert {row.meta_updates for row in results["rows"]} == {0, 20}
+    assert all(row.seconds is None if row.method == "random" else row.seconds > 0 for row in results["rows"])
     assert all(np.isfinite(row.mean) and row.tasks == 4 and row.seeds == 1 for row in results["rows"])
     for name in ("fits.png", "learning_curves.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
@@ -183,6 +186,29 @@ def test_sizes_are_positive(tmp_path, capsys, name, value):
     assert main("--out", tmp_path / "run", f"--{name}", value) == 2
     assert f"error: --{name} must be positive" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_devices_share_the_tasks(finished, tmp_path):
+    """The same up to rounding, and a directory goes on with another number of devices."""
+    out = tmp_path / "run"
+    assert main("--out", out, "--method", "maml", "--devices", 2, "--steps", 10) == 0
+    assert main("--out", out, "--method", "maml") == 0
+    alone = {(row.method, row.step): row.mean for row in report.read_results(finished / "results.json")["rows"]}
+    for row in report.read_results(out / "results.json")["rows"]:
+        np.testing.assert_allclose(row.mean, alone[row.method, row.step], rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        (0, "--devices must be a whole number of at least 1"),
+        (9, "9 devices were asked for"),
+        (4, "a multiple of the number of"),
+    ],
+)
+def test_devices_that_cannot_be(tmp_path, capsys, devices, message):
+    assert main("--out", tmp_path / "run", "--devices", devices) == 2
+    assert f"error: {message}" in capsys.readouterr().err.replace("num_tasks must be ", "")
 
 
 def test_another_configurations_directory(finished, capsys):
