@@ -1,7 +1,7 @@
 """Half-cheetah and ant with a velocity or a direction to run in (Finn et al. 2017, section 5.3), on any physics engine."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -11,6 +11,8 @@ from jax import Array
 from mamljax.checks import check_count
 from mamljax.rl.environment import Environment, Step
 from mamljax.rl.mujoco_engine import mujoco_engine
+from mamljax.rl.planar import MEASURED as planar_measures
+from mamljax.rl.planar import is_planar, with_planar_centre_of_mass
 from mamljax.rl.protocols import PROTOCOLS, Protocol, clipped_contacts
 from mamljax.rl.robots import first_position, load_robot
 from mamljax.rl.simulation import Engine, Simulation
@@ -66,7 +68,7 @@ def locomotion(
     settings = _settings(robot, protocol, frame_skip, timestep)
     build_engine = _chosen("engine", engine, ENGINES)
     model = robot_model(robot, settings)
-    simulate = build_engine(model, frame_skip=settings.frame_skip, measures=settings.measures, threads=threads)
+    simulate = _measuring(build_engine, model, settings, threads)
     first = jnp.asarray(first_position(model) if settings.stands else model.qpos0, jnp.float32)
     reset = functools.partial(_reset, simulate, settings, first, jnp.zeros(model.nv))
     observation = jax.eval_shape(reset, jax.random.key(0), jnp.float32(0))[1]
@@ -77,6 +79,13 @@ def locomotion(
         observation_size=observation.size,
         action_size=model.nu,
     )
+
+
+def _measuring(build_engine: Callable[..., Engine], model: Any, settings: Protocol, threads: int | None) -> Engine:
+    planar = is_planar(model)
+    measures = tuple(name for name in settings.measures if not (planar and name in planar_measures))
+    engine = build_engine(model, frame_skip=settings.frame_skip, measures=measures, threads=threads)
+    return with_planar_centre_of_mass(engine, model) if len(measures) < len(settings.measures) else engine
 
 
 def _sample_task(fastest: float | None, key: Array) -> Array:

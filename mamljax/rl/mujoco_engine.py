@@ -98,7 +98,7 @@ class _Stepper:
                 pass  # `status` says whose
             stable = (batch.status == 0) & (batch.warning[:, self.alarms, 1].sum(1) == warned)
             simulation = self._read(batch, stable)
-        return jax.tree.map(lambda leaf: leaf.reshape(*leading, *leaf.shape[1:]), simulation)
+        return jax.tree.map(lambda leaf: leaf.reshape((*leading, *leaf.shape[1:])), simulation)
 
     def _read(self, batch: Any, stable: np.ndarray) -> Simulation:
         measures = {name: MEASURES[name] for name in self.measures}
