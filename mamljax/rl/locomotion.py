@@ -10,9 +10,9 @@ from jax import Array
 
 from mamljax.checks import check_count
 from mamljax.rl.environment import Environment, Step
+from mamljax.rl.mjx_engine import mjx_engine
 from mamljax.rl.mujoco_engine import mujoco_engine
-from mamljax.rl.planar import MEASURED as planar_measures
-from mamljax.rl.planar import is_planar, with_planar_centre_of_mass
+from mamljax.rl.planar import PLANAR_MEASURES, is_planar, with_planar_centre_of_mass
 from mamljax.rl.protocols import PROTOCOLS, Protocol, clipped_contacts
 from mamljax.rl.robots import first_position, load_robot
 from mamljax.rl.simulation import Engine, Simulation
@@ -67,7 +67,9 @@ def locomotion(
     robot, fastest = _chosen("task", task, TASKS)
     settings = _settings(robot, protocol, frame_skip, timestep)
     build_engine = _chosen("engine", engine, ENGINES)
-    model = robot_model(robot, settings)
+    model = load_robot(
+        robot, timestep=settings.timestep, contact_impedance=settings.contact_impedance, measures=settings.measures
+    )
     simulate = _measuring(build_engine, model, settings, threads)
     first = jnp.asarray(first_position(model) if settings.stands else model.qpos0, jnp.float32)
     reset = functools.partial(_reset, simulate, settings, first, jnp.zeros(model.nv))
@@ -83,7 +85,7 @@ def locomotion(
 
 def _measuring(build_engine: Callable[..., Engine], model: Any, settings: Protocol, threads: int | None) -> Engine:
     planar = is_planar(model)
-    measures = tuple(name for name in settings.measures if not (planar and name in planar_measures))
+    measures = tuple(name for name in settings.measures if not (planar and name in PLANAR_MEASURES))
     engine = build_engine(model, frame_skip=settings.frame_skip, measures=measures, threads=threads)
     return with_planar_centre_of_mass(engine, model) if len(measures) < len(settings.measures) else engine
 
@@ -147,11 +149,9 @@ def _reward(
     return reward
 
 
-def robot_model(robot: str, settings: Protocol) -> Any:
-    """Load a robot as a protocol has it; returns a `mujoco.MjModel`."""
-    return load_robot(
-        robot, timestep=settings.timestep, contact_impedance=settings.contact_impedance, measures=settings.measures
-    )
+def robot_of(task: str) -> str:
+    """Name the robot of a task; raises `ValueError` for an unknown task."""
+    return _chosen("task", task, TASKS)[0]
 
 
 def _settings(robot: str, protocol: str, frame_skip: int | None, timestep: float | None) -> Protocol:
@@ -170,4 +170,4 @@ def _chosen(kind: str, name: str, choices: Mapping[str, T]) -> T:
     return choices[name]
 
 
-ENGINES = {"mujoco": mujoco_engine}
+ENGINES = {"mujoco": mujoco_engine, "mjx": mjx_engine}

@@ -9,7 +9,7 @@ from jax import Array
 from mamljax.rl.robots import import_mujoco
 from mamljax.rl.simulation import TORSO, Engine, Simulation
 
-MEASURED = ("centre_of_mass", "centre_of_mass_velocity")
+PLANAR_MEASURES = ("centre_of_mass", "centre_of_mass_velocity")
 
 
 def is_planar(model: Any) -> bool:
@@ -43,7 +43,7 @@ def with_planar_centre_of_mass(engine: Engine, model: Any) -> Engine:
         centre = simulation.position[:2] + place + _sums(x * cos + z * sin, z * cos - x * sin)
         velocity = simulation.velocity[:2] + _sums(rate * (z * cos - x * sin), -rate * (x * cos + z * sin))
         values = (jnp.insert(value, 1, 0.0) for value in (centre, velocity))  # y
-        return simulation._replace(measured=simulation.measured | dict(zip(MEASURED, values, strict=True)))
+        return simulation._replace(measured=simulation.measured | dict(zip(PLANAR_MEASURES, values, strict=True)))
 
     return Engine(
         start=lambda position, velocity: measure(engine.start(position, velocity)),
@@ -56,7 +56,7 @@ def _sums(x: Array, z: Array) -> Array:
 
 
 def _chain(model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Find the torso's place (x, z) [2], which joints turn each body [bodies, nq], and d of each body as x and z [2, bodies]."""
+    """Find the torso's place (x, z) [2], which joints turn each body [bodies, nq], and each body's d [2, bodies]."""
     turns, levers = np.zeros((model.nbody, model.nq)), np.zeros((model.nbody, 3))
     for body in range(TORSO, model.nbody):
         parent = model.body_parentid[body]
