@@ -15,6 +15,7 @@ from mamljax.rl.robots import import_mujoco
 from mamljax.rl.simulation import MEASURES, Engine, Simulation
 
 KEPT_BATCHES = 8  # sizes of batches whose memory is kept
+LATE = 1e6  # seconds, when steps begin: MuJoCo resets a diverged simulation, its count of warnings too, so the time tells
 
 
 def mujoco_engine(model: Any, *, frame_skip: int, measures: tuple[str, ...] = (), threads: int | None = None) -> Engine:
@@ -68,9 +69,15 @@ class _Stepper:
         self.alarms = [w.value for w in (warnings.mjWARN_BADQPOS, warnings.mjWARN_BADQVEL, warnings.mjWARN_BADQACC)]
         self.alarms.append(warnings.mjWARN_BADCTRL.value)
         self.splits = (model.nq, model.nq + model.nv)
-        self.batch_of = functools.lru_cache(KEPT_BATCHES)(lambda count: mujoco.batch.Batch(model, count, threads))
+        self.batch_of = functools.lru_cache(KEPT_BATCHES)(functools.partial(self._batch, model, threads))
         self.lock = threading.Lock()  # compiled programs may run at the same time
         self.shapes = self._shapes(model, mujoco.MjData(model))
+
+    def _batch(self, model: Any, threads: int, count: int) -> Any:
+        batch = import_mujoco().batch.Batch(model, count, threads)
+        for name in self.measures:
+            batch.bind(MEASURES[name].field)  # it is zero until the next call
+        return batch
 
     def start(self, position: Array, velocity: Array) -> Simulation:
         position, velocity = np.asarray(position, np.float64), np.asarray(velocity, np.float64)
@@ -85,19 +92,19 @@ class _Stepper:
         leading, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1])
         with self.lock:
             batch = self.batch_of(math.prod(leading))
-            batch.time[:] = 0
+            batch.time[:] = LATE
+            batch.ctrl[:] = 0 if control is None else control.reshape(len(rows), -1)
             batch.qpos[:], batch.qvel[:], batch.qacc_warmstart[:] = np.split(rows, self.splits, axis=1)
             warned = batch.warning[:, self.alarms, 1].sum(1)
             try:
                 if control is None:
                     batch.forward(stage=self.stage)
                 else:
-                    batch.ctrl[:] = control.reshape(len(rows), -1)
                     batch.step(nstep=self.frame_skip, stage=self.stage)
             except self.failure:
                 pass  # `status` says whose
-            stable = (batch.status == 0) & (batch.warning[:, self.alarms, 1].sum(1) == warned)
-            simulation = self._read(batch, stable)
+            unchanged = (batch.status == 0) & (batch.warning[:, self.alarms, 1].sum(1) == warned)
+            simulation = self._read(batch, unchanged & (batch.time >= LATE))
         return jax.tree.map(lambda leaf: leaf.reshape((*leading, *leaf.shape[1:])), simulation)
 
     def _read(self, batch: Any, stable: np.ndarray) -> Simulation:

@@ -38,7 +38,7 @@ def with_planar_centre_of_mass(engine: Engine, model: Any) -> Engine:
     place, turns, levers = (jnp.asarray(constant, jnp.float32) for constant in _chain(model))
 
     def measure(simulation: Simulation) -> Simulation:
-        angle, rate = jnp.sum(turns * simulation.position, 1), jnp.sum(turns * simulation.velocity, 1)
+        angle, rate = ((turns * joints[None]).sum(1) for joints in (simulation.position, simulation.velocity))
         cos, sin, (x, z) = jnp.cos(angle), jnp.sin(angle), levers
         centre = simulation.position[:2] + place + _sums(x * cos + z * sin, z * cos - x * sin)
         velocity = simulation.velocity[:2] + _sums(rate * (z * cos - x * sin), -rate * (x * cos + z * sin))

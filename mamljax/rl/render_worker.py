@@ -1,7 +1,7 @@
 """Draw poses of a robot, as a process of its own: `python render_worker.py MODEL.mjb POSITIONS.npy HEIGHT WIDTH FRAMES.npy`.
 
-MuJoCo chooses its graphics library when it is imported, by the variable `MUJOCO_GL`, and some of them end the process where they
-fail; neither must happen to a training run.
+MuJoCo chooses its graphics library when it is imported, by the variable `MUJOCO_GL`, and some of them end the process where
+they fail; neither must happen to a training run.
 """
 
 import sys

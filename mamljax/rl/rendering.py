@@ -33,8 +33,8 @@ def render_strip(task: str, positions: ArrayLike, *, frames: int, height: int = 
         [frames, height, width, 3] uint8.
 
     Raises:
-        RenderingError: no graphics library works here; an experiment can say so and go on. Where `MUJOCO_GL` is set only that one
-            is tried, else EGL and then OSMesa, both of which need no display.
+        RenderingError: no graphics library works here; an experiment can say so and go on. Where `MUJOCO_GL` is set only that
+            one is tried, else EGL and then OSMesa, both of which need no display.
         ValueError: an unknown task, a count below 1, positions of another shape, or fewer than frames.
         ImportError: MuJoCo or Gymnasium is missing.
     """
@@ -70,6 +70,6 @@ def _draw(arguments: list[str]) -> None:
         else:
             return
     raise RenderingError(
-        f"cannot render: tried {', '.join(failures)}. Install Mesa, for example by `apt-get install libegl1 libgl1-mesa-dri` or "
-        "`apt-get install libosmesa6`, or set MUJOCO_GL to what works."
+        f"cannot render: tried {', '.join(failures)}. Install Mesa, for example by `apt-get install libegl1 libgl1-mesa-dri` "
+        "or `apt-get install libosmesa6`, or set MUJOCO_GL to what works."
     )
