@@ -53,8 +53,8 @@ def locomotion(
 
     Returns:
         The environment. Tasks are [] float32: a velocity, U[0, 2] m/s for half-cheetah and U[0, 3] m/s for ant, or 1 or -1.
-        Actions are clipped to [-1, 1]. Its state is a `Simulation`. A step that diverges leaves state and observation as they
-        were, has no reward and ends the trajectory; `state.stable` is then False.
+        Actions are clipped to [-1, 1]. Its state is a `Simulation`. A step that diverges ends the trajectory: it has no reward,
+        its observation is the last, and its state is not finite (and `state.stable` False), from which not to step on.
 
     Raises:
         ValueError: an unknown task, protocol or engine; a count or time step that is not positive.
@@ -112,18 +112,23 @@ def _step(
 ) -> Step:
     del key
     action = jnp.clip(action, -1.0, 1.0)
-    after = _kept_if_unstable(before, simulate.advance(before, action))
+    after = simulate.advance(before, action)
+    stable = _is_stable(after)
+    after = jax.tree.map(lambda new, old: jnp.where(stable, new, old), after, before)
     done = _fallen(after, settings)
     reward = _reward(before, after, action, task, done, directed=directed, settings=settings)
-    reward = jnp.where(after.stable, reward, 0.0)
-    return Step(after, settings.observe(after), reward, done | ~after.stable)
+    position, velocity = (jnp.where(stable, values, jnp.nan) for values in (after.position, after.velocity))
+    return Step(
+        state=after._replace(position=position, velocity=velocity, stable=stable),
+        observation=settings.observe(after),
+        reward=jnp.where(stable, reward, 0.0),
+        done=done | ~stable,
+    )
 
 
-def _kept_if_unstable(before: Simulation, after: Simulation) -> Simulation:
-    """Go back to the last state if the simulation has diverged, so that nothing that is not finite comes out of it."""
-    values = jnp.concatenate([after.position, after.velocity])
-    stable = after.stable & jnp.isfinite(values).all() & (jnp.abs(after.velocity).max() <= FASTEST)
-    return jax.tree.map(lambda new, old: jnp.where(stable, new, old), after, before)._replace(stable=stable)
+def _is_stable(simulation: Simulation) -> Array:
+    values = jnp.concatenate([simulation.position, simulation.velocity])
+    return simulation.stable & jnp.isfinite(values).all() & (jnp.abs(simulation.velocity).max() <= FASTEST)
 
 
 def _fallen(simulation: Simulation, settings: Protocol) -> Array:

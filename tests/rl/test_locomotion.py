@@ -265,6 +265,7 @@ def test_an_unstable_simulation_ends_alone(wrong):
     step = jax.vmap(environment.step, (None, 0, 0, None))(KEY, states, chosen, FORWARD)
     np.testing.assert_array_equal(step.done, [False, True, False])
     np.testing.assert_array_equal(step.state.stable, [True, False, True])
+    np.testing.assert_array_equal(np.isfinite(step.state.position).all(1), [True, False, True])
     np.testing.assert_array_equal(step.observation[1], observations[1])
     np.testing.assert_array_equal(step.observation[::2], well.observation[::2])
     assert step.reward[1] == 0
