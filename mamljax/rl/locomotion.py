@@ -61,15 +61,19 @@ def locomotion(
         ImportError: MuJoCo, MJX or Gymnasium is missing; the message says which extra has them.
 
     Differs from the paper's simulator: MuJoCo is today's and not version 1.31, whose solver was another. With "paper", the
-    ant's contacts are as stiff as the authors', not as Gymnasium's file has them. With "gymnasium", contact forces, and the
-    ant's velocity, are those of the state after the step, where Gymnasium takes what the integrator has evaluated last.
+    ant's contacts are as stiff and as wide as the authors', not as Gymnasium's file has them. With "gymnasium", contact
+    forces and the ant's velocity are those of the state after the step, where Gymnasium takes what the integrator has
+    evaluated last.
+
+    >>> environment = locomotion("half_cheetah_velocity")
+    >>> state, observation = environment.reset(jax.random.key(0), task=1.5)
+    >>> environment.step(jax.random.key(1), state, jnp.zeros(environment.action_size), 1.5).observation.shape
+    (20,)
     """
     robot, fastest = _chosen("task", task, TASKS)
     settings = _settings(robot, protocol, frame_skip, timestep)
     build_engine = _chosen("engine", engine, ENGINES)
-    model = load_robot(
-        robot, timestep=settings.timestep, contact_impedance=settings.contact_impedance, measures=settings.measures
-    )
+    model = load_robot(robot, timestep=settings.timestep, edits=settings.edits, measures=settings.measures)
     simulate = _measuring(build_engine, model, settings, threads)
     first = jnp.asarray(first_position(model) if settings.stands else model.qpos0, jnp.float32)
     reset = functools.partial(_reset, simulate, settings, first, jnp.zeros(model.nv))

@@ -23,7 +23,7 @@ class Protocol(NamedTuple):
     bonus_at_end: bool = True  # also of the step that ends the trajectory
     velocity_bonus: float = 0.0  # reward of each step where the task is a velocity
     heights: tuple[float, float] | None = None  # m, of the torso; the trajectory ends outside of them
-    contact_impedance: tuple[float, ...] | None = None  # MuJoCo's solimp; None for the file's
+    edits: tuple[tuple[str, str, str], ...] = ()  # to the robot's file; see `robots.load_robot`
     stands: bool = True  # starts in the file's `init_qpos`, where it has one
     position_noise: Callable[[Array, tuple[int, ...]], Array] = jax.random.normal
     position_scale: float = 0.01
@@ -82,7 +82,10 @@ PROTOCOLS = {
         bonus=0.05,
         velocity_bonus=1.0,
         heights=(0.2, 1.0),
-        contact_impedance=(0.8, 0.8, 0.01),
+        edits=(
+            ("default/geom", "solimp", "0.8 0.8 0.01"),
+            ("worldbody/geom", "margin", "0"),  # of the floor: margins of two bodies are added now, the greater counted then
+        ),
     ),
     ("ant", "gymnasium"): Protocol(
         frame_skip=5,

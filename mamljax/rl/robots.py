@@ -1,4 +1,4 @@
-"""The robots of the locomotion tasks: Gymnasium's MuJoCo models, with another time step and contact stiffness where told."""
+"""The robots of the locomotion tasks: Gymnasium's MuJoCo models, with another time step and other contacts where told."""
 
 import importlib.util
 from pathlib import Path
@@ -23,7 +23,7 @@ def load_robot(
     name: str,
     *,
     timestep: float | None = None,
-    contact_impedance: tuple[float, ...] | None = None,
+    edits: tuple[tuple[str, str, str], ...] = (),
     measures: tuple[str, ...] = (),
 ) -> Any:
     """Load a robot.
@@ -31,7 +31,7 @@ def load_robot(
     Args:
         name: "half_cheetah" or "ant", a file among Gymnasium's assets.
         timestep: seconds of one step of the physics; by default the file's, 0.01.
-        contact_impedance: MuJoCo's `solimp` of all contacts; by default the file's.
+        edits: to the file: (element, attribute, value), the element by its path.
         measures: names in `MEASURES`; some of them MuJoCo computes only where a sensor needs them, so those get a sensor.
 
     Returns:
@@ -46,8 +46,8 @@ def load_robot(
     total_mass = robot.find("compiler").attrib.pop("settotalmass", None)
     if timestep is not None:
         robot.find("option").set("timestep", str(timestep))
-    if contact_impedance is not None:
-        robot.find("default/geom").set("solimp", " ".join(map(str, contact_impedance)))
+    for path, attribute, value in edits:
+        robot.find(path).set(attribute, value)
     sensors = ElementTree.SubElement(robot, "sensor")
     for tag, attributes in filter(None, (MEASURES[name].sensor for name in measures)):
         ElementTree.SubElement(sensors, tag, attributes)

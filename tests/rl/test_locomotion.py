@@ -55,9 +55,7 @@ def placed(state, *, position=None, velocity=None):
 def by_hand(robot, state):
     """MuJoCo itself, with the paper's settings, at a state."""
     settings = PROTOCOLS[robot, "paper"]
-    model = load_robot(
-        robot, timestep=settings.timestep, contact_impedance=settings.contact_impedance, measures=settings.measures
-    )
+    model = load_robot(robot, timestep=settings.timestep, edits=settings.edits, measures=settings.measures)
     data = mujoco.MjData(model)
     data.qpos, data.qvel = np.asarray(state.position), np.asarray(state.velocity)
     return model, data
@@ -155,6 +153,7 @@ def test_ant_is_the_papers():
     assert touched
     assert data.time == pytest.approx(0.3)
     assert model.geom_solimp[1][:3].tolist() == [0.8, 0.8, 0.01]
+    assert model.geom_margin.tolist() == [0] + [0.01] * 13
 
 
 @pytest.mark.parametrize(
@@ -214,9 +213,7 @@ def test_trajectories_of_a_batch_do_not_touch_each_other():
     same[1, 2] = False
     np.testing.assert_array_equal(other[same], observations[same])
     assert (other[1, 2, -1] != observations[1, 2, -1]).any()
-    alone = run(keys[:1, :1], tasks[:1], chosen[:1, :1])
-    np.testing.assert_allclose(alone[0][0, 0], rewards[0, 0], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(other_rewards[same], rewards[same], rtol=1e-6)
+    np.testing.assert_array_equal(other_rewards[same], rewards[same])
 
 
 def test_one_program_serves_all_tasks():
@@ -294,10 +291,12 @@ def test_without_mujoco_the_extra_is_named(monkeypatch, missing):
 
 def test_frame_skip_and_timestep_are_settings():
     environment = locomotion("half_cheetah_direction", protocol="paper", frame_skip=3, timestep=0.005)
-    state, _ = environment.reset(KEY, FORWARD)
+    state, _ = compiled("half_cheetah_direction").reset(KEY, FORWARD)
     model, data = by_hand("half_cheetah", state)
     model.opt.timestep = 0.005
     action = actions(environment, 1)[0]
     data.ctrl = np.clip(action, -1, 1)
     mujoco.mj_step(model, data, nstep=3)
-    np.testing.assert_allclose(environment.step(KEY, state, action, FORWARD).state.position, data.qpos, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(
+        jax.jit(environment.step)(KEY, state, action, FORWARD).state.position, data.qpos, rtol=1e-6, atol=1e-7
+    )
