@@ -53,6 +53,7 @@ def _without_xy_and_contacts(simulation: Simulation) -> Array:
 
 
 def clipped_contacts(simulation: Simulation) -> Array:
+    """Clip contact forces as rewards and observations have them: [bodies, 6] in [-1, 1]."""
     return jnp.clip(simulation.measured["contact_forces"], -1.0, 1.0)
 
 

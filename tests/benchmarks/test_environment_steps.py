@@ -14,10 +14,9 @@ TINY = ["--num-tasks", "2", "--trajectories", "2", "--horizon", "3", "--repeats"
 
 def test_writes_a_row_of_each(tmp_path):
     assert environment_steps.main([*TINY, "--tasks", "half_cheetah_velocity", "--out", str(tmp_path)]) == 0
-    (row,) = report.read_results(tmp_path / "results.json")["rows"]
-    assert row.metric == "environment steps per second"
-    assert row.tasks == 2
-    assert row.mean > 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert [row.metric for row in rows] == ["environment steps per second", "environment steps per second of processor time"]
+    assert all(row.tasks == 2 and row.mean > 0 for row in rows)
 
 
 def test_bad_options(tmp_path, capsys):
