@@ -123,6 +123,8 @@ def test_half_cheetah_is_the_papers():
         now = evaluated(model, data)
         expected = np.concatenate([now.qpos[1:], now.qvel, now.subtree_com[1]])
         np.testing.assert_allclose(step.observation, expected, rtol=1e-5, atol=1e-6)
+        measured = step.state.measured["centre_of_mass_velocity"]
+        np.testing.assert_allclose(measured, now.subtree_linvel[1], rtol=1e-5, atol=1e-6)
         cost = 0.05 * (np.clip(action, -1, 1) ** 2).sum()
         assert step.reward == pytest.approx(-abs(now.subtree_linvel[1, 0] - 1.5) - cost, abs=1e-5)
         assert backward.reward == pytest.approx(-now.subtree_linvel[1, 0] - cost, abs=1e-5)
