@@ -2,14 +2,12 @@
 
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 
-def sample(key: Array, mean: Array, log_std: Array) -> Array:
-    """Draw an action [..., a] for each mean [..., a]."""
-    noise = jax.random.normal(key, mean.shape, mean.dtype)
+def from_noise(noise: Array, mean: Array, log_std: Array) -> Array:
+    """Turn standard normal noise [..., a] into actions [..., a]."""
     return mean + jnp.exp(jnp.broadcast_to(log_std, mean.shape)) * noise
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +15,6 @@ from mamljax.rl.advantages import masked_mean
 from mamljax.rl.collect import Batch, CollectFn
 from mamljax.rules import Rule, as_rule
 from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
-
-
-class Experience(NamedTuple):
-    """What the policy did in one task while it adapted, and after."""
-
-    before: Batch  # [S, ...] the batch of each adaptation step
-    after: Batch  # of the adapted policy
-
-    @property
-    def all(self) -> Batch:
-        """All batches, [S + 1, ...]."""
-        return jax.tree.map(lambda before, after: jnp.concatenate([before, after[None]]), self.before, self.after)
 
 
 def maml_rl(
@@ -81,26 +68,28 @@ def maml_rl(
     rule = as_rule(rule, shapes, differentiable=inner_steps > 0 and differentiation != "first_order")
     tx = optax.with_extra_args_support(tx)
 
-    def adapted(params: PyTree, data: Experience) -> PyTree:
-        return adapt(partial(reinforce_loss, model), params, data.before, rule, differentiation=differentiation)[0]
+    def adapted(params: PyTree, batches: Batch) -> PyTree:
+        before = jax.tree.map(lambda leaf: leaf[:-1], batches)
+        return adapt(partial(reinforce_loss, model), params, before, rule, differentiation=differentiation)[0]
 
-    def task_loss(params: PyTree, data: Experience) -> Array:
-        return surrogate_loss(model, adapted(params, data), data.after)
+    def task_loss(params: PyTree, batches: Batch) -> Array:
+        return surrogate_loss(model, adapted(params, batches), _last(batches))
 
-    def task_kl(params: PyTree, data: Experience) -> Array:
-        return divergence(data.after, act(model, adapted(params, data), data.after))
+    def actions(params: PyTree, batches: Batch) -> tuple[Array, Array]:
+        return act(model, adapted(params, batches), _last(batches))
 
-    def task_kl_product(params: PyTree, vector: PyTree, data: Experience) -> PyTree:
-        return gauss_newton_product(
-            lambda params: act(model, adapted(params, data), data.after), partial(divergence, data.after), params, vector
-        )
+    def task_kl(params: PyTree, batches: Batch) -> Array:
+        return divergence(_last(batches), actions(params, batches))
+
+    def task_kl_product(params: PyTree, vector: PyTree, batches: Batch) -> PyTree:
+        return gauss_newton_product(partial(actions, batches=batches), partial(divergence, _last(batches)), params, vector)
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
-        data = jax.vmap(partial(fine_tune, model, collect, rule, inner_steps), (0, None, 0))(keys, state.params, tasks)
+        batches = jax.vmap(partial(fine_tune, model, collect, rule, inner_steps), (0, None, 0))(keys, state.params, tasks)
 
         def over_tasks(fn: Callable) -> Callable:
-            return lambda *args: _mean_over_tasks(partial(fn, *args), data, chunk_size)
+            return lambda *args: _mean_over_tasks(partial(fn, *args), batches, chunk_size)
 
         loss_fn, kl_fn = over_tasks(task_loss), over_tasks(task_kl)
         loss, grads = over_tasks(jax.value_and_grad(task_loss))(state.params)
@@ -114,14 +103,14 @@ def maml_rl(
         )
         params = optax.apply_updates(state.params, updates)
         metrics = {"surrogate": loss_fn(params), "kl": kl_fn(params), "grad_norm": optax.tree.norm(grads)}
-        return state._replace(params=params, opt=opt), {**_summary(data), **metrics}
+        return state._replace(params=params, opt=opt), {**_summary(batches), **metrics}
 
     def init(key: Array) -> State:
         params = model.init(key)
         return State(params, tx.init(params))
 
     def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
-        batches = fine_tune(model, collect, rule, eval_steps, key, state.params, task).all
+        batches = fine_tune(model, collect, rule, eval_steps, key, state.params, task)
         return {"return": batches.returns.mean(1), "unstable": batches.trajectories.unstable.mean(1)}
 
     return MetaLearner(init, update, evaluate)
@@ -135,8 +124,12 @@ def fine_tune(
     key: Array,
     params: PyTree,
     task: PyTree,
-) -> Experience:
-    """Adapt a policy to one task as `inner.adapt` does, each step on fresh trajectories of the policy as it then is."""
+) -> Batch:
+    """Adapt a policy to one task as `inner.adapt` does, each step on fresh trajectories of the policy as it then is.
+
+    Returns:
+        The batch of each step, and last that of the adapted policy: [num_steps + 1, ...].
+    """
 
     def step(carry: tuple, key: Array) -> tuple[tuple, Batch]:
         params, opt = carry
@@ -145,9 +138,8 @@ def fine_tune(
         updates, opt = rule.update(gradient, opt, params)
         return (optax.apply_updates(params, updates), opt), batch
 
-    last_key, key = jax.random.split(key)
-    (params, _), before = lax.scan(step, (params, rule.init(params)), jax.random.split(key, num_steps))
-    return Experience(before, collect(last_key, params, task))
+    # One gradient too many, of the last batch: that costs little, and a second rollout would take as long to compile again.
+    return lax.scan(step, (params, rule.init(params)), jax.random.split(key, num_steps + 1))[1]
 
 
 def reinforce_loss(model: Model, params: PyTree, batch: Batch) -> Array:
@@ -192,12 +184,15 @@ def act(model: Model, params: PyTree, batch: Batch) -> tuple[Array, Array]:
     return mean.reshape(like.shape), jnp.broadcast_to(log_std, mean.shape).reshape(like.shape)
 
 
-def _summary(data: Experience) -> Metrics:
-    """Mean returns before and after adaptation, and the share of unstable trajectories, over a meta-batch."""
-    before, after = data.before.returns, data.after.returns
-    unstable = jnp.concatenate([data.before.trajectories.unstable, data.after.trajectories.unstable[:, None]], axis=1)
-    first = before[:, 0] if before.shape[1] else after
-    return {"return_before": first.mean(), "return_after": after.mean(), "unstable": unstable.mean()}
+def _last(batches: Batch) -> Batch:
+    """That of the adapted policy."""
+    return jax.tree.map(lambda leaf: leaf[-1], batches)
+
+
+def _summary(batches: Batch) -> Metrics:
+    """Mean returns before and after adaptation, and the share of unstable trajectories, over a meta-batch [B, S + 1, ...]."""
+    before, after = batches.returns[:, 0].mean(), batches.returns[:, -1].mean()
+    return {"return_before": before, "return_after": after, "unstable": batches.trajectories.unstable.mean()}
 
 
 def _mean_over_tasks(fn: Callable[[PyTree], PyTree], data: PyTree, chunk_size: int | None) -> PyTree:

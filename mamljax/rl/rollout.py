@@ -41,12 +41,11 @@ def rollout(
         trajectories: E.
     """
 
-    def step(carry: tuple, key: Array) -> tuple[tuple, Trajectories]:
+    def step(carry: tuple, noise_and_keys: tuple) -> tuple[tuple, Trajectories]:
         state, observation, alive, unstable = carry
-        action_key, step_key = jax.random.split(key)
+        noise, keys = noise_and_keys
         mean, log_std = model.apply(params, observation)
-        action = gaussian.sample(action_key, mean, log_std)
-        keys = jax.random.split(step_key, trajectories)
+        action = gaussian.from_noise(noise, mean, log_std)
         outcome = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, action, task)
         finite = _finite((outcome.state, outcome.observation, outcome.reward))
         taken, goes_on = alive & finite, alive & finite & ~outcome.done
@@ -56,11 +55,13 @@ def rollout(
         seen = Trajectories(observation, action, reward, mask, mean, jnp.broadcast_to(log_std, mean.shape), unstable)
         return (state, next_observation, goes_on, unstable), seen
 
-    reset_key, key = jax.random.split(key)
+    reset_key, noise_key, step_key = jax.random.split(key, 3)
+    noise = jax.random.normal(noise_key, (horizon, trajectories, env.action_size))
+    keys = jax.random.split(step_key, (horizon, trajectories))
     state, observation = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(reset_key, trajectories), task)
     finite = _finite((state, observation))
     start = state, jnp.where(jnp.expand_dims(finite, 1), observation, 0), finite, ~finite
-    seen = lax.scan(step, start, jax.random.split(key, horizon))[1]
+    seen = lax.scan(step, start, (noise, keys))[1]
     return seen._replace(unstable=seen.unstable[-1])
 
 
