@@ -72,11 +72,11 @@ def maml_rl(
         before = jax.tree.map(lambda leaf: leaf[:-1], batches)
         return adapt(partial(reinforce_loss, model), params, before, rule, differentiation=differentiation)[0]
 
-    def task_loss(params: PyTree, batches: Batch) -> Array:
-        return surrogate_loss(model, adapted(params, batches), _last(batches))
-
     def actions(params: PyTree, batches: Batch) -> tuple[Array, Array]:
         return act(model, adapted(params, batches), _last(batches))
+
+    def task_loss(params: PyTree, batches: Batch) -> Array:
+        return surrogate_loss(_last(batches), actions(params, batches))
 
     def task_kl(params: PyTree, batches: Batch) -> Array:
         return divergence(_last(batches), actions(params, batches))
@@ -102,7 +102,8 @@ def maml_rl(
             kl_product=partial(over_tasks(task_kl_product), state.params),
         )
         params = optax.apply_updates(state.params, updates)
-        metrics = {"surrogate": loss_fn(params), "kl": kl_fn(params), "grad_norm": optax.tree.norm(grads)}
+        surrogate, kl = over_tasks(lambda *args: (task_loss(*args), task_kl(*args)))(params)
+        metrics = {"surrogate": surrogate, "kl": kl, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=params, opt=opt), {**_summary(batches), **metrics}
 
     def init(key: Array) -> State:
@@ -149,16 +150,17 @@ def reinforce_loss(model: Model, params: PyTree, batch: Batch) -> Array:
     return -masked_mean(log_prob * batch.advantages, acted.mask)
 
 
-def surrogate_loss(model: Model, params: PyTree, batch: Batch) -> Array:
-    r"""The importance-weighted loss $-\frac1n \sum_t A_t \pi_\theta(a_t | s_t) / \pi_{old}(a_t | s_t)$, []."""
+def surrogate_loss(batch: Batch, actions: tuple[Array, Array]) -> Array:
+    r"""The importance-weighted loss $-\frac1n \sum_t A_t \pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ of a policy with this mean and
+    log-std in the states of a batch, []."""
     acted = batch.trajectories
-    log_prob = gaussian.log_prob(acted.actions, *act(model, params, batch))
-    ratio = jnp.exp(log_prob - gaussian.log_prob(acted.actions, acted.mean, acted.log_std))
+    old = gaussian.log_prob(acted.actions, acted.mean, acted.log_std)
+    ratio = jnp.exp(gaussian.log_prob(acted.actions, *actions) - old)
     return -masked_mean(ratio * batch.advantages, acted.mask)
 
 
 def divergence(batch: Batch, actions: tuple[Array, Array]) -> Array:
-    """The mean divergence, from the policy that acted, of one with this mean and log-std in the states it saw, in nats: []."""
+    """The mean divergence, from the policy that acted, of one with this mean and log-std in its states, in nats: []."""
     acted = batch.trajectories
     return masked_mean(gaussian.kl_divergence(acted.mean, acted.log_std, *actions), acted.mask)
 
