@@ -76,7 +76,7 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
     goals = jax.vmap(env.sample_task)(keys)
     for method, line in zip(methods, panels, strict=True):
         params = jax.tree.map(lambda leaf: leaf[0], trained[method].states.params)
-        adapt = functools.partial(fine_tune, model, collect, reinforcement.test_rule(trained[method].lr), options.eval_steps)
+        adapt = functools.partial(fine_tune, model, collect, reinforcement.halving_rule(trained[method].lr), options.eval_steps)
         batches = jax.jit(jax.vmap(lambda key, goal, adapt=adapt, params=params: adapt(key, params, goal)))(keys, goals)
         for axes, goal, observations, mask in zip(
             line, goals, batches.trajectories.observations, batches.trajectories.mask, strict=True

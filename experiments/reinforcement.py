@@ -115,7 +115,7 @@ def run_methods(
         states, num_updates = train(method, options, run, env)
         if num_updates > 0 or method == "random":  # else time ran out before
             lr = tuned_lr(options, env, states) if method in TUNED else options.inner_lr
-            metrics = test(states, lr, options=options, env=env, oracle=method == "oracle", seed=TEST_SEED)
+            metrics = measure(options, env, states, lr, oracle=method == "oracle", seed=TEST_SEED)
             trained[method] = Trained(states, num_updates, lr, *(np.asarray(metrics[name]) for name in ("return", "unstable")))
     fields = {"setting": setting, "protocol": protocol, "source": source, "seeds": options.seeds, "tasks": options.eval_tasks}
     results = run.write(rows_of(trained, published, **fields))
@@ -171,27 +171,28 @@ def outer_optimiser(options: Options) -> optax.GradientTransformation:
     return trpo(options.max_kl, damping=options.damping, cg_steps=options.cg_steps, hvp=options.hvp)
 
 
-def test_rule(lr: Array | float) -> optax.GradientTransformation:
+def halving_rule(lr: Array | float) -> optax.GradientTransformation:
     """Gradient descent whose step size is halved after the first step, as in the authors' code."""
     return optax.sgd(lambda step: lr * jnp.where(step == 0, 1.0, 0.5))
 
 
-@functools.partial(jax.jit, static_argnames=("options", "env", "oracle", "seed"))
-def test(states: State, lr: Array | float, *, options: Options, env: Environment, oracle: bool, seed: int) -> Metrics:
-    """Returns before and after each step that begins with size `lr`: metrics [seeds, eval_tasks, S + 1]."""
+def measure(options: Options, env: Environment, states: State, lr: float, *, oracle: bool = False, seed: int) -> Metrics:
+    """Returns before and after each step that begins with size `lr`: metrics [seeds, eval_tasks, S + 1] on tasks of a seed."""
+    return _measure(states, jnp.float32(lr), jax.random.key(seed), options=options, env=env, oracle=oracle)
+
+
+@functools.partial(jax.jit, static_argnames=("options", "env", "oracle"))
+def _measure(states: State, lr: Array, key: Array, *, options: Options, env: Environment, oracle: bool) -> Metrics:
     model, collect = policy_and_collector(options, env, oracle=oracle)
     steps = 0 if oracle else options.eval_steps
-    learner = maml_rl(model, collect, rule=test_rule(lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
-    key = jax.random.key(seed)
-    return jax.vmap(lambda state: evaluate(learner, state, env.sample_task, key=key, num_tasks=options.eval_tasks))(states)
+    learner = maml_rl(model, collect, rule=halving_rule(lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
+    evaluate_one = functools.partial(evaluate, sample=env.sample_task, key=key, num_tasks=options.eval_tasks)
+    return jax.vmap(lambda params: evaluate_one(learner, State(params, ())))(states.params)
 
 
 def tuned_lr(options: Options, env: Environment, states: State) -> float:
     """The step size of fine-tuning with the highest return on tasks of its own, over all steps and seeds."""
-    returns = [
-        test(states, lr, options=options, env=env, oracle=False, seed=TUNING_SEED)["return"][..., 1:].mean()
-        for lr in options.tuning_lrs
-    ]
+    returns = [measure(options, env, states, lr, seed=TUNING_SEED)["return"][..., 1:].mean() for lr in options.tuning_lrs]
     return options.tuning_lrs[int(jnp.nanargmax(jnp.array(returns)))]
 
 
