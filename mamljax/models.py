@@ -50,6 +50,47 @@ def mlp(inputs: int, hidden_sizes: Sequence[int], outputs: int, *, kernel_init: 
     return from_linen(MLP(tuple(hidden_sizes), outputs, **keywords), jnp.zeros((1, inputs)))
 
 
+class GaussianPolicy(linen.Module):
+    """A policy with normally distributed actions, independent in each dimension; their spread is the same in every state."""
+
+    hidden_sizes: Sequence[int]
+    action_size: int
+
+    @linen.compact
+    def __call__(self, observations: Array) -> tuple[Array, Array]:
+        """Map observations [..., o] to the mean [..., a] of the action and the logarithm [a] of its standard deviation."""
+        mean = MLP(self.hidden_sizes, self.action_size, kernel_init=linen.initializers.glorot_uniform())(observations)
+        return mean, self.param("log_std", linen.initializers.zeros, (self.action_size,))
+
+
+def gaussian_policy(observation_size: int, action_size: int, *, hidden_sizes: Sequence[int] = (100, 100)) -> Model:
+    """Build the policy of the reinforcement learning experiments: a fully connected ReLU network and a standard deviation.
+
+    As in the authors' code weights begin with Glorot's uniform distribution, biases and log-std with 0; the latter is adapted
+    like every other parameter.
+
+    Args:
+        observation_size: o, dimensions of an observation.
+        action_size: a, dimensions of an action.
+        hidden_sizes: units of each hidden layer; (100, 100) in the paper.
+
+    Returns:
+        A model whose `apply` gives the mean [..., a] and the logarithm [a] of the standard deviation of the actions.
+
+    Raises:
+        ValueError: a size below 1.
+
+    >>> policy = gaussian_policy(2, 1)
+    >>> mean, log_std = policy.apply(policy.init(jax.random.key(0)), jnp.ones((20, 2)))
+    >>> mean.shape, log_std.tolist()
+    ((20, 1), [0.0])
+    """
+    sizes = ("observation_size", observation_size), ("action_size", action_size)
+    for name, size in (*sizes, *(("every hidden size", size) for size in hidden_sizes)):
+        check_count(name, size)
+    return from_linen(GaussianPolicy(tuple(hidden_sizes), action_size), jnp.zeros((1, observation_size)))
+
+
 class BatchStatNorm(linen.Module):
     r"""Normalise each channel by the mean and variance of the examples at hand, and keep no running averages.
 

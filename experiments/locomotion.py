@@ -1,0 +1,145 @@
+"""Half-cheetah and ant: figure 5 of Finn et al. 2017, and its tables in the appendix. `python experiments/locomotion.py`
+
+Each method trains one policy to run at velocities or in directions that it is not told, and is judged on new ones before and
+after each of a few policy-gradient steps.
+"""
+
+import dataclasses
+import functools
+import sys
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import reinforcement
+import runner
+from jax import Array, lax
+from matplotlib.figure import Figure
+from reinforcement import TEST_SEED, Trained
+
+from mamljax.inner import adapt
+from mamljax.rl.environment import Environment
+from mamljax.rl.locomotion import locomotion
+from mamljax.rl.maml_rl import fine_tune, reinforce_loss
+from mamljax.rl.rendering import RenderingError, render_strip
+from mamljax.types import PyTree
+
+SOURCE = "Finn et al. 2017, appendix"
+PUBLISHED = {  # mean return by number of adaptation steps
+    "half_cheetah_velocity": {
+        "maml": (-129.53, -78.57, -66.62, -60.78),
+        "pretrained": (-158.00, -135.39, -128.47, -133.61),
+        "random": (-254.83, -254.33, -246.79, -230.83),
+        "oracle": (-54.47,),
+    },
+    "half_cheetah_direction": {
+        "maml": (-50.69, 293.19, 313.48, 315.65),
+        "pretrained": (-43.03, -24.75, -12.85, 19.57),
+        "random": (-35.73, 21.83, 62.32, 86.18),
+        "oracle": (442.69,),
+    },
+    "ant_velocity": {
+        "maml": (30.58, 96.74, 100.06, 101.41),
+        "pretrained": (-1.83, 6.11, 8.47, 9.47),
+        "random": (-78.64, -62.81, -48.55, -35.56),
+        "oracle": (107.89,),
+    },
+    "ant_direction": {
+        "maml": (8.66, 499.15, 500.68, 499.11),
+        "pretrained": (3.16, 1.27, 6.51, 6.86),
+        "random": (3.11, 9.25, 15.96, 26.11),
+        "oracle": (524.80,),
+    },
+}
+STRIP_FRAMES = 8
+Problem = Literal["half_cheetah_velocity", "half_cheetah_direction", "ant_velocity", "ant_direction"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(reinforcement.Options):
+    """Half-cheetah and ant with a velocity or a direction, by default as in the code of the paper's authors (section 5.3)."""
+
+    preset: Problem = "half_cheetah_velocity"
+    """The robot and what it is to do, with the paper's values for all options below and above."""
+    task: Problem = "half_cheetah_velocity"
+    """The robot and what it is to do."""
+    protocol: Literal["paper", "gymnasium"] = "paper"
+    """Simulation, observation and reward: as in the authors' code, 1 step of the physics for each action (paper); or those of
+    Gymnasium's HalfCheetah-v5 and Ant-v5, 5 steps (gymnasium)."""
+    engine: Literal["mujoco", "mjx"] = "mujoco"
+    """MuJoCo's C engine on this machine's cores, or MJX on an accelerator."""
+    steps: int = 500
+    out: Path = Path("out/half_cheetah_velocity")
+    num_tasks: int = 40
+    horizon: int = 200
+    tuning_lrs: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    validate_every: int = 50
+
+
+def paper(task: Problem, **differences: float) -> Options:
+    """The paper's values for a task, in a directory of its own."""
+    return Options(preset=task, task=task, out=Path("out") / task, **differences)
+
+
+PRESETS = {
+    "half_cheetah_velocity": paper("half_cheetah_velocity"),
+    "half_cheetah_direction": paper("half_cheetah_direction", max_kl=0.02),  # the published run's bound
+    "ant_velocity": paper("ant_velocity"),
+    "ant_direction": paper("ant_direction", trajectories=40),
+}
+
+
+def execute(options: Options, run: runner.Run) -> None:
+    """Train every method, evaluate all on the same test tasks, draw the figures."""
+    try:
+        env = locomotion(options.task, protocol=options.protocol, engine=options.engine)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    published = PUBLISHED[options.task] if options.protocol == "paper" else {}
+    trained = reinforcement.run_methods(
+        options, run, env, setting=options.task, protocol=options.protocol, published=published, source=SOURCE
+    )
+    if "maml" in trained:
+        draw_strip(options, env, trained["maml"], options.out / "strip.png")
+
+
+def draw_strip(options: Options, env: Environment, trained: Trained, path: Path) -> None:
+    """Draw the first seed's MAML policy before and after one step on a task; where nothing can render, say so and go on."""
+    task_key, key = jax.random.split(jax.random.key(TEST_SEED))
+    task = env.sample_task(task_key)
+    params = jax.tree.map(lambda leaf: leaf[0], trained.states.params)
+    positions = adapted_positions(options, env, params, jnp.float32(trained.lr), key, task)
+    try:
+        strips = [render_strip(options.task, positions[step], frames=STRIP_FRAMES) for step in range(2)]
+    except RenderingError as error:
+        print(f"no strip of frames: {error}", file=sys.stderr)
+        return
+    figure = Figure(figsize=(2 * STRIP_FRAMES, 4), layout="constrained")
+    for step, (axes, strip) in enumerate(zip(figure.subplots(2, 1), strips, strict=True)):
+        axes.imshow(jnp.concatenate(list(strip), axis=1))
+        axes.set(title=f"{options.task} {task:.2f}, after {step} steps", xticks=[], yticks=[])
+    figure.savefig(path, dpi=100)
+
+
+@functools.partial(jax.jit, static_argnames=("options", "env"))
+def adapted_positions(options: Options, env: Environment, params: PyTree, lr: Array, key: Array, task: Array) -> Array:
+    """Where the robot is at each step of a trajectory of mean actions, before and after one adaptation step: [2, T, nq]."""
+    model, collect = reinforcement.policy_and_collector(options, env)
+    rule = reinforcement.halving_rule(lr)
+    batch = jax.tree.map(lambda leaf: leaf[:1], fine_tune(model, collect, rule, 0, key, params, task))
+    _, path = adapt(functools.partial(reinforce_loss, model), params, batch, rule)
+
+    def trajectory(params: PyTree) -> Array:
+        def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
+            state, observation = carry
+            outcome = env.step(key, state, model.apply(params, observation[None])[0][0], task)
+            return (outcome.state, outcome.observation), state.position
+
+        return lax.scan(step, env.reset(key, task), jax.random.split(key, options.horizon))[1]
+
+    return jax.vmap(trajectory)(path)
+
+
+if __name__ == "__main__":
+    sys.exit(runner.main("locomotion", PRESETS, execute))

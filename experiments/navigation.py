@@ -1,0 +1,98 @@
+"""2D navigation: figure 4 of Finn et al. 2017, and its table in the appendix. `python experiments/navigation.py`
+
+Each method trains one policy to move a point to goals that it does not see, and is judged on new goals before and after each
+of a few policy-gradient steps on 20 trajectories.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import jax
+import reinforcement
+import runner
+from matplotlib.figure import Figure
+from reinforcement import TEST_SEED, Method, Trained
+
+from mamljax.rl.environment import Environment
+from mamljax.rl.maml_rl import fine_tune
+from mamljax.rl.navigation import navigation
+
+SOURCE = "Finn et al. 2017, appendix"
+PUBLISHED = {  # mean return by number of adaptation steps
+    "maml": (-40.41, -11.68, -3.33, -3.23),
+    "pretrained": (-40.81, -19.73, -11.72, -8.47),
+    "random": (-82.66, -57.96, -53.84, -46.81),
+    "oracle": (-2.29,),
+}
+REWARDS = {"paper": "distance", "corrected": "squared"}
+DRAWN_GOALS, DRAWN_TRAJECTORIES = 3, 5
+DRAWN_STEPS = {0: "0.7", 1: "C0", 3: "C2"}  # and their colours
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(reinforcement.Options):
+    """2D navigation, by default as in the code of the paper's authors (section 5.3)."""
+
+    preset: Literal["paper", "quick"] = "paper"
+    """Values for all options below and above: paper, or quick for a first look in about a minute."""
+    protocol: Literal["paper", "corrected"] = "paper"
+    """The reward of a step: minus the distance to the goal, as in the authors' code, which made the published numbers (paper),
+    or minus its square, as the paper's text has it (corrected)."""
+    steps: int = 100
+    out: Path = Path("out/navigation")
+    inner_lr: float = 0.5
+    """Step size of adaptation, at test halved after the first step; 0.5 in the authors' code, where the text has 0.1."""
+    eval_steps: int = 4
+    """Adaptation steps at test."""
+
+
+QUICK = Options(preset="quick", steps=15, method=("maml", "pretrained", "random"), out=Path("out/navigation_quick"))
+PRESETS = {"paper": Options(), "quick": QUICK}
+
+
+def execute(options: Options, run: runner.Run) -> None:
+    """Train every method, evaluate all on the same test tasks, draw the figures."""
+    env = navigation(reward=REWARDS[options.protocol])
+    published = PUBLISHED if options.protocol == "paper" else {}
+    trained = reinforcement.run_methods(
+        options, run, env, setting="navigation", protocol=options.protocol, published=published, source=SOURCE
+    )
+    draw_paths(options, env, trained, options.out / "paths.png")
+
+
+def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trained], path: Path) -> None:
+    """Draw where the first seed's policies of MAML and of the pretrained baseline go, before and after adaptation."""
+    methods = [method for method in ("maml", "pretrained") if method in trained]
+    if not methods:
+        return
+    figure = Figure(figsize=(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods)), layout="constrained")
+    panels = figure.subplots(len(methods), DRAWN_GOALS, sharex=True, sharey=True, squeeze=False)
+    model, collect = reinforcement.policy_and_collector(options, env)
+    keys = jax.random.split(jax.random.key(TEST_SEED), DRAWN_GOALS)
+    goals = jax.vmap(env.sample_task)(keys)
+    for method, line in zip(methods, panels, strict=True):
+        params = jax.tree.map(lambda leaf: leaf[0], trained[method].states.params)
+        adapt = functools.partial(fine_tune, model, collect, reinforcement.halving_rule(trained[method].lr), options.eval_steps)
+        batches = jax.jit(jax.vmap(lambda key, goal, adapt=adapt, params=params: adapt(key, params, goal)))(keys, goals)
+        for axes, goal, observations, mask in zip(
+            line, goals, batches.trajectories.observations, batches.trajectories.mask, strict=True
+        ):
+            for step, colour in DRAWN_STEPS.items():
+                if step > options.eval_steps:
+                    continue
+                for trajectory in range(min(DRAWN_TRAJECTORIES, options.trajectories)):
+                    taken = observations[step, :, trajectory][mask[step, :, trajectory] > 0]
+                    label = {"label": f"after {step} steps"} if trajectory == 0 else {}
+                    axes.plot(*taken.T, color=colour, linewidth=1, **label)
+            axes.plot(*goal, "C3*", markersize=12, label="goal")
+            axes.set(title=method, xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(DRAWN_STEPS))
+    figure.savefig(path, dpi=100)
+
+
+if __name__ == "__main__":
+    sys.exit(runner.main("navigation", PRESETS, execute))

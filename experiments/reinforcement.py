@@ -1,0 +1,250 @@
+"""What the reinforcement learning experiments share: options, methods, results, figures. `navigation.py` is one of them."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import runner
+from jax import Array
+from matplotlib.figure import Figure
+
+from mamljax import report
+from mamljax.evaluate import evaluate, mean_and_ci95
+from mamljax.models import gaussian_policy
+from mamljax.record import read_metrics
+from mamljax.rl.collect import CollectFn, collector
+from mamljax.rl.environment import Environment
+from mamljax.rl.maml_rl import maml_rl
+from mamljax.rl.observed import with_task_observed
+from mamljax.rl.trpo import HessianVectorProduct, trpo
+from mamljax.types import MetaLearner, Metrics, Model, State
+
+TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
+TUNING_SEED, TEST_SEED = 1_000_001, 1_000_002
+Method = Literal["maml", "fomaml", "pretrained", "random", "oracle"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(runner.Options):
+    """Options of the reinforcement learning experiments."""
+
+    method: tuple[Method, ...] = ("maml", "fomaml", "pretrained", "random", "oracle")
+    """Methods, trained in this order: MAML, first-order MAML, one policy for all tasks, an untrained one, and one that is told
+    the task. The policies trained for all tasks or not at all are fine-tuned with a step size tuned for them; the oracle is
+    not fine-tuned."""
+    num_tasks: int = 20
+    trajectories: int = 20
+    """K, trajectories before and after each adaptation step, in training and at test."""
+    horizon: int = 100
+    """H, environment steps after which a trajectory ends."""
+    discount: float = 0.99
+    """Discount factor, by environment step."""
+    gae_lambda: float = 1.0
+    """Lambda of generalised advantage estimation."""
+    hidden_sizes: tuple[int, ...] = (100, 100)
+    """Units of each hidden layer of the policy."""
+    inner_lr: float = 0.1
+    """Step size of adaptation; at test halved after the first step."""
+    inner_steps: int = 1
+    """Adaptation steps in training."""
+    outer: Literal["trpo", "adam"] = "trpo"
+    """Outer optimiser: trust region policy optimisation, or Adam for vanilla policy gradient."""
+    max_kl: float = 0.01
+    """TRPO: bound of the mean KL divergence of a meta-update, in nats."""
+    damping: float = 1e-5
+    """TRPO: added to the diagonal of the divergence's Hessian."""
+    cg_steps: int = 10
+    """TRPO: conjugate gradient iterations."""
+    hvp: HessianVectorProduct = "exact"
+    """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
+    meta_lr: float = 0.001
+    """Adam: step size."""
+    chunk_size: int = 1
+    """Tasks differentiated at a time. One is fastest on a CPU; on an accelerator take --num-tasks."""
+    eval_tasks: int = 40
+    eval_steps: int = 3
+    """Adaptation steps at test."""
+    tuning_lrs: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+    """Step sizes to choose from for fine-tuning, by the mean return over all steps on tasks of their own."""
+    log_every: int = 5
+    validate_every: int = 20
+
+
+class Trained(NamedTuple):
+    """A method after its training."""
+
+    states: State  # every leaf [seeds, ...]
+    num_updates: int
+    lr: float  # of the first step of fine-tuning
+    returns: np.ndarray  # [seeds, eval_tasks, S + 1] mean undiscounted return on the test tasks
+    unstable: np.ndarray  # [seeds, eval_tasks, S + 1] share of trajectories that ended since the simulation broke down
+
+
+def run_methods(
+    options: Options,
+    run: runner.Run,
+    env: Environment,
+    *,
+    setting: str,
+    protocol: str,
+    published: Mapping[str, Sequence[float]],
+    source: str,
+) -> Mapping[Method, Trained]:
+    """Train every method, evaluate all on the same test tasks, write the results and the figures all experiments have.
+
+    Args:
+        options: of the experiment.
+        run: of the experiment.
+        env: the environment.
+        setting: what the results are of, "navigation" for example.
+        protocol: the rules under which they were measured.
+        published: mean return by adaptation step, for each method that has one.
+        source: where the published numbers are from.
+
+    Returns:
+        Every method that was trained at all.
+    """
+    trained = {}
+    for method in options.method:
+        states, num_updates = train(method, options, run, env)
+        if num_updates > 0 or method == "random":  # else time ran out before
+            lr = tuned_lr(options, env, states) if method in TUNED else options.inner_lr
+            metrics = measure(options, env, states, lr, oracle=method == "oracle", seed=TEST_SEED)
+            trained[method] = Trained(states, num_updates, lr, *(np.asarray(metrics[name]) for name in ("return", "unstable")))
+    fields = {"setting": setting, "protocol": protocol, "source": source, "seeds": options.seeds, "tasks": options.eval_tasks}
+    results = run.write(rows_of(trained, published, **fields))
+    returns_only = {**results, "rows": [row for row in results["rows"] if row.metric == "return"]}
+    report.learning_curves(returns_only, options.out / "learning_curves.png")
+    draw_training({method: run.directory(method) for method in trained}, options.out / "training_curves.png")
+    return trained
+
+
+def train(method: Method, options: Options, run: runner.Run, env: Environment) -> tuple[State, int]:
+    """Train a method from every seed; returns the states [seeds] and the number of meta-updates done."""
+    learner = build_learner(method, options, env)
+    if method == "random":
+        return jax.vmap(learner.init)(run.keys), 0
+
+    def validation_error(state: State) -> Array:
+        """Minus the mean return after adaptation."""
+        metrics = evaluate(learner, state, env.sample_task, key=jax.random.key(TUNING_SEED), num_tasks=options.eval_tasks)
+        return -metrics["return"][:, -1].mean()
+
+    result = run.train(method, learner, env.sample_task, validate_fn=validation_error)
+    return result.state, result.num_updates
+
+
+def build_learner(method: Method, options: Options, env: Environment) -> MetaLearner:
+    """A method by its name."""
+    model, collect = policy_and_collector(options, env, oracle=method == "oracle")
+    adapts = method in ("maml", "fomaml")
+    return maml_rl(
+        model,
+        collect,
+        rule=options.inner_lr,
+        inner_steps=options.inner_steps if adapts else 0,
+        eval_steps=options.inner_steps if adapts else 0,
+        tx=outer_optimiser(options),
+        differentiation="first_order" if method == "fomaml" else "reverse",
+        chunk_size=options.chunk_size,
+    )
+
+
+def policy_and_collector(options: Options, env: Environment, *, oracle: bool = False) -> tuple[Model, CollectFn]:
+    """The policy of every method, and how it gathers trajectories; the oracle's sees the task."""
+    env = with_task_observed(env) if oracle else env
+    model = gaussian_policy(env.observation_size, env.action_size, hidden_sizes=options.hidden_sizes)
+    sizes = {name: getattr(options, name) for name in ("horizon", "trajectories", "discount", "gae_lambda")}
+    return model, collector(model, env, **sizes)
+
+
+def outer_optimiser(options: Options) -> optax.GradientTransformation:
+    """TRPO, or Adam."""
+    if options.outer == "adam":
+        return optax.adam(options.meta_lr)
+    return trpo(options.max_kl, damping=options.damping, cg_steps=options.cg_steps, hvp=options.hvp)
+
+
+def halving_rule(lr: Array | float) -> optax.GradientTransformation:
+    """Gradient descent whose step size is halved after the first step, as in the authors' code."""
+    return optax.sgd(lambda step: lr * jnp.where(step == 0, 1.0, 0.5))
+
+
+def measure(options: Options, env: Environment, states: State, lr: float, *, oracle: bool = False, seed: int) -> Metrics:
+    """Returns before and after each step that begins with size `lr`: metrics [seeds, eval_tasks, S + 1] on tasks of a seed."""
+    return _measure(states, jnp.float32(lr), jax.random.key(seed), options=options, env=env, oracle=oracle)
+
+
+@functools.partial(jax.jit, static_argnames=("options", "env", "oracle"))
+def _measure(states: State, lr: Array, key: Array, *, options: Options, env: Environment, oracle: bool) -> Metrics:
+    model, collect = policy_and_collector(options, env, oracle=oracle)
+    steps = 0 if oracle else options.eval_steps
+    learner = maml_rl(model, collect, rule=halving_rule(lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
+    evaluate_one = functools.partial(evaluate, sample=env.sample_task, key=key, num_tasks=options.eval_tasks)
+    return jax.vmap(lambda params: evaluate_one(learner, State(params, ())))(states.params)
+
+
+def tuned_lr(options: Options, env: Environment, states: State) -> float:
+    """The step size of fine-tuning with the highest return on tasks of its own, over all steps and seeds."""
+    returns = [measure(options, env, states, lr, seed=TUNING_SEED)["return"][..., 1:].mean() for lr in options.tuning_lrs]
+    return options.tuning_lrs[int(jnp.nanargmax(jnp.array(returns)))]
+
+
+def rows_of(
+    trained: Mapping[Method, Trained], published: Mapping[str, Sequence[float]], *, source: str, **fields: str | int
+) -> list[report.Row]:
+    """The rows of all methods: returns, shares of unstable trajectories if there are any, normalised returns."""
+    rows = []
+    for method, result in trained.items():
+        mine = {
+            "method": method,
+            "meta_updates": result.num_updates,
+            "note": f"step size {result.lr:g}" if method in TUNED else "",
+            **fields,
+        }
+        beside = {"published": dict(enumerate(published.get(method, ()))), "source": source}
+        rows += report.rows_over_steps(*mean_and_ci95(result.returns), metric="return", **beside, **mine)
+        if result.unstable.any():
+            rows += report.rows_over_steps(*mean_and_ci95(result.unstable), metric="share of unstable trajectories", **mine)
+        if method in ("maml", "fomaml") and {"pretrained", "oracle"} <= trained.keys():
+            ours = normalised(result.returns, trained["pretrained"].returns, trained["oracle"].returns)
+            theirs = normalised_published(method, published)
+            beside = {"published": theirs, "source": source}
+            rows += report.rows_over_steps(*mean_and_ci95(ours), metric="normalised return", **beside, **mine)
+    return rows
+
+
+def normalised(returns: np.ndarray, pretrained: np.ndarray, oracle: np.ndarray) -> np.ndarray:
+    """(method - pretrained) / (oracle - pretrained) of mean returns after as many steps, for each seed: [seeds, 1, S + 1]."""
+    method, low, high = (values.mean(1, keepdims=True) for values in (returns, pretrained, oracle))
+    return (method - low) / (high - low)
+
+
+def normalised_published(method: str, published: Mapping[str, Sequence[float]]) -> dict[int, float]:
+    """The same of published numbers, by step."""
+    if not {method, "pretrained", "oracle"} <= published.keys():
+        return {}
+    arrays = (np.reshape(published[name], (1, 1, -1)) for name in (method, "pretrained", "oracle"))
+    return {step: round(float(value), 2) for step, value in enumerate(normalised(*arrays)[0, 0])}
+
+
+def draw_training(directories: Mapping[Method, Path], path: Path) -> None:
+    """Draw the mean returns in training, before and after adaptation, over the meta-updates of each method."""
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (method, directory) in enumerate(directories.items()):
+        log = read_metrics(directory / "metrics.jsonl")
+        for name, style in (("return_before", ":"), ("return_after", "-")):
+            points = np.array([(line["update"], line[name]) for line in log]).reshape(-1, 2)
+            label = {"label": method} if name == "return_after" and len(log) else {}
+            axes.plot(*points.T, style, color=f"C{colour}", **label)
+    axes.set(xlabel="meta-updates", ylabel="mean return in training; dotted: before adaptation")
+    axes.grid(alpha=0.3)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=max(1, len(directories)))
+    figure.savefig(path, dpi=100)

@@ -1,0 +1,204 @@
+"""MAML for reinforcement learning (Finn, Abbeel, Levine 2017, arXiv 1703.03400), algorithm 3."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from mamljax.checks import check_count
+from mamljax.inner import Differentiation, adapt
+from mamljax.rl import gaussian
+from mamljax.rl.advantages import masked_mean
+from mamljax.rl.collect import Batch, CollectFn
+from mamljax.rules import Rule, as_rule
+from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
+
+
+def maml_rl(
+    model: Model,
+    collect: CollectFn,
+    *,
+    rule: Rule,
+    inner_steps: int,
+    eval_steps: int,
+    tx: optax.GradientTransformation,
+    differentiation: Differentiation = "reverse",
+    chunk_size: int | None = None,
+) -> MetaLearner:
+    r"""Learn a policy that a few policy-gradient steps adapt to a task.
+
+    An inner step is one of REINFORCE on fresh trajectories, $\theta' \leftarrow \theta + \alpha \nabla_\theta \frac1n \sum_t
+    A_t \log \pi_\theta(a_t | s_t)$. The meta-loss is the surrogate $-\frac1n \sum_t A_t \pi_{\theta'}(a_t | s_t) / \pi_{old}
+    (a_t | s_t)$ on trajectories of the adapted policy, mean over tasks. All trajectories of a meta-update are drawn once;
+    `tx` may then evaluate the surrogate, and the divergence from the policies that acted, for as many parameters as it likes.
+
+    With `inner_steps=0` it is the *pretrained* baseline, one policy for all tasks that is fine-tuned in evaluation; with
+    `eval_steps=0` as well and an environment `observed.with_task_observed` the *oracle*; without a single update *random
+    initialisation*.
+
+    Args:
+        model: the policy; see `collect.collector`.
+        collect: (key, params, task) -> batch; from `collect.collector`.
+        rule: the inner step size alpha, or any Optax transformation: `optax.sgd(schedule)` gives each step its own.
+        inner_steps: S, adaptation steps in training; 0 for none.
+        eval_steps: adaptation steps in evaluation.
+        tx: the outer optimiser, `trpo.trpo(0.01)` in the paper; it gets the extra arguments described there. With any other,
+            such as Adam, this is vanilla policy gradient.
+        differentiation: "reverse" or "mixed" (both exact) or "first_order"; see `inner.adapt`. The exact Hessian-vector
+            products of TRPO need forward mode, which "mixed" has not.
+        chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same.
+
+    Returns:
+        A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
+        `return_after` adaptation, `surrogate` (after the update; 0 before it, the lower the better), `kl` (in nats, made by
+        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives `return` and `unstable`,
+        [eval_steps + 1], each on fresh trajectories.
+
+    Raises:
+        ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients.
+    """
+    check_count("inner_steps", inner_steps, minimum=0)
+    check_count("eval_steps", eval_steps, minimum=0)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    rule = as_rule(rule, shapes, differentiable=inner_steps > 0 and differentiation != "first_order")
+    tx = optax.with_extra_args_support(tx)
+
+    def adapted(params: PyTree, batches: Batch) -> PyTree:
+        before = jax.tree.map(lambda leaf: leaf[:-1], batches)
+        return adapt(partial(reinforce_loss, model), params, before, rule, differentiation=differentiation)[0]
+
+    def actions(params: PyTree, batches: Batch) -> tuple[Array, Array]:
+        return act(model, adapted(params, batches), _last(batches))
+
+    def task_loss(params: PyTree, batches: Batch) -> Array:
+        return surrogate_loss(_last(batches), actions(params, batches))
+
+    def task_kl(params: PyTree, batches: Batch) -> Array:
+        return divergence(_last(batches), actions(params, batches))
+
+    def task_kl_product(params: PyTree, vector: PyTree, batches: Batch) -> PyTree:
+        return gauss_newton_product(partial(actions, batches=batches), partial(divergence, _last(batches)), params, vector)
+
+    def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
+        keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
+        batches = jax.vmap(partial(fine_tune, model, collect, rule, inner_steps), (0, None, 0))(keys, state.params, tasks)
+
+        def over_tasks(fn: Callable) -> Callable:
+            return lambda *args: _mean_over_tasks(partial(fn, *args), batches, chunk_size)
+
+        loss_fn, kl_fn = over_tasks(task_loss), over_tasks(task_kl)
+        loss, grads = over_tasks(jax.value_and_grad(task_loss))(state.params)
+        updates, opt = tx.update(
+            *(grads, state.opt, state.params),
+            value=loss,
+            grad=grads,
+            value_fn=loss_fn,
+            kl_fn=kl_fn,
+            kl_product=partial(over_tasks(task_kl_product), state.params),
+        )
+        params = optax.apply_updates(state.params, updates)
+        surrogate, kl = over_tasks(lambda *args: (task_loss(*args), task_kl(*args)))(params)
+        metrics = {"surrogate": surrogate, "kl": kl, "grad_norm": optax.tree.norm(grads)}
+        return state._replace(params=params, opt=opt), {**_summary(batches), **metrics}
+
+    def init(key: Array) -> State:
+        params = model.init(key)
+        return State(params, tx.init(params))
+
+    def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
+        batches = fine_tune(model, collect, rule, eval_steps, key, state.params, task)
+        return {"return": batches.returns.mean(1), "unstable": batches.trajectories.unstable.mean(1)}
+
+    return MetaLearner(init, update, evaluate)
+
+
+def fine_tune(
+    model: Model,
+    collect: CollectFn,
+    rule: optax.GradientTransformation,
+    num_steps: int,
+    key: Array,
+    params: PyTree,
+    task: PyTree,
+) -> Batch:
+    """Adapt a policy to one task as `inner.adapt` does, each step on fresh trajectories of the policy as it then is.
+
+    Returns:
+        The batch of each step, and last that of the adapted policy: [num_steps + 1, ...].
+    """
+
+    def step(carry: tuple, key: Array) -> tuple[tuple, Batch]:
+        params, opt = carry
+        batch = collect(key, params, task)
+        gradient = jax.grad(partial(reinforce_loss, model))(params, batch)
+        updates, opt = rule.update(gradient, opt, params)
+        return (optax.apply_updates(params, updates), opt), batch
+
+    # One gradient too many, of the last batch: that costs little, and a second rollout would take as long to compile again.
+    return lax.scan(step, (params, rule.init(params)), jax.random.split(key, num_steps + 1))[1]
+
+
+def reinforce_loss(model: Model, params: PyTree, batch: Batch) -> Array:
+    r"""The loss whose gradient is that of REINFORCE: $-\frac1n \sum_t A_t \log \pi_\theta(a_t | s_t)$, []."""
+    acted = batch.trajectories
+    log_prob = gaussian.log_prob(acted.actions, *act(model, params, batch))
+    return -masked_mean(log_prob * batch.advantages, acted.mask)
+
+
+def surrogate_loss(batch: Batch, actions: tuple[Array, Array]) -> Array:
+    r"""The importance-weighted loss $-\frac1n \sum_t A_t \pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ of a policy with this mean and
+    log-std in the states of a batch, []."""
+    acted = batch.trajectories
+    old = gaussian.log_prob(acted.actions, acted.mean, acted.log_std)
+    ratio = jnp.exp(gaussian.log_prob(acted.actions, *actions) - old)
+    return -masked_mean(ratio * batch.advantages, acted.mask)
+
+
+def divergence(batch: Batch, actions: tuple[Array, Array]) -> Array:
+    """The mean divergence, from the policy that acted, of one with this mean and log-std in its states, in nats: []."""
+    acted = batch.trajectories
+    return masked_mean(gaussian.kl_divergence(acted.mean, acted.log_std, *actions), acted.mask)
+
+
+def gauss_newton_product(
+    inner_fn: Callable[[PyTree], PyTree], outer_fn: Callable[[PyTree], Array], params: PyTree, vector: PyTree
+) -> PyTree:
+    r"""Multiply a vector by the Gauss-Newton matrix $J^T (\nabla^2 g) J$ of $g(f(\theta))$, J the derivative of f.
+
+    It is the Hessian where the gradient of g vanishes, as that of a divergence does at the policy that acted; there it needs
+    derivatives of f of one order less.
+    """
+    outputs, push = jax.linearize(inner_fn, params)
+    curved = jax.jvp(jax.grad(outer_fn), (outputs,), (push(vector),))[1]
+    return jax.linear_transpose(push, params)(curved)[0]
+
+
+def act(model: Model, params: PyTree, batch: Batch) -> tuple[Array, Array]:
+    """The mean and the log-std of the actions in all states of a batch, both [T, E, a]."""
+    observations, like = batch.trajectories.observations, batch.trajectories.mean
+    # One axis of states: gradients of products that sum over two are slow on a CPU.
+    mean, log_std = model.apply(params, observations.reshape(-1, observations.shape[-1]))
+    return mean.reshape(like.shape), jnp.broadcast_to(log_std, mean.shape).reshape(like.shape)
+
+
+def _last(batches: Batch) -> Batch:
+    """That of the adapted policy."""
+    return jax.tree.map(lambda leaf: leaf[-1], batches)
+
+
+def _summary(batches: Batch) -> Metrics:
+    """Mean returns before and after adaptation, and the share of unstable trajectories, over a meta-batch [B, S + 1, ...]."""
+    before, after = batches.returns[:, 0].mean(), batches.returns[:, -1].mean()
+    return {"return_before": before, "return_after": after, "unstable": batches.trajectories.unstable.mean()}
+
+
+def _mean_over_tasks(fn: Callable[[PyTree], PyTree], data: PyTree, chunk_size: int | None) -> PyTree:
+    """The mean over the leading axis of `data`, of which `chunk_size` entries are computed at a time."""
+    num_tasks = len(jax.tree.leaves(data)[0])
+    values = lax.map(fn, data, batch_size=num_tasks if chunk_size is None else chunk_size)
+    return jax.tree.map(lambda leaf: leaf.mean(0), values)

@@ -1,0 +1,178 @@
+"""Trust region policy optimisation (Schulman et al. 2015, arXiv 1502.05477) as an Optax transformation."""
+
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+from mamljax.checks import check_count
+from mamljax.types import PyTree
+
+HessianVectorProduct = Literal["exact", "finite_differences"]
+
+
+class TrustRegionState(NamedTuple):
+    """What became of the last step; the next one needs none of it."""
+
+    fraction: Array  # [] of the full step that was taken; 0 if none was acceptable
+    kl: Array  # [] divergence that it made, in nats
+
+
+def trpo(
+    max_kl: float,
+    *,
+    damping: float = 1e-5,
+    cg_steps: int = 10,
+    backtrack_ratio: float = 0.8,
+    max_backtracks: int = 15,
+    hvp: HessianVectorProduct = "exact",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Take the largest natural-gradient step within a trust region that makes the loss smaller.
+
+    $\theta \leftarrow \theta - \beta^j \sqrt{2 \delta / x^T H x}\; x$ with $x \approx (H + \lambda I)^{-1} \nabla L(\theta)$ by
+    conjugate gradients, $H$ the Hessian of the divergence at $\theta$, and $j$ the least number for which the loss falls and
+    the divergence is at most $\delta$. The parameters stay as they are if there is none. The defaults are those of the authors.
+
+    `update` needs, beside gradients and parameters, the extra arguments `value` (the loss at `params`), `value_fn` and `kl_fn`,
+    functions of the parameters on one and the same data: the loss, and the divergence from the policy that acted, which is 0
+    at `params`. Exact products of a vector with the Hessian of `kl_fn` at `params` are found by forward-over-reverse
+    differentiation, or by the further argument `kl_product`, vector -> product, if there is one that is faster.
+
+    Args:
+        max_kl: delta, bound of the mean divergence in nats; 0.01 in the paper.
+        damping: lambda, added to the Hessian's diagonal.
+        cg_steps: conjugate gradient iterations at most.
+        backtrack_ratio: beta, the factor between the lengths tried.
+        max_backtracks: how many lengths to try.
+        hvp: Hessian-vector products "exact", or by central "finite_differences" of gradients of `kl_fn`, as in the paper.
+
+    Raises:
+        ValueError: a bound, damping or ratio out of range, a count below 1, or an unknown `hvp`.
+
+    >>> tx, params = trpo(0.01), jnp.array([1.0, 0.0])
+    >>> value_fn, kl_fn = lambda p: p[0] + 0 * p[1], lambda p: ((p - params) ** 2).sum() / 2
+    >>> value, grads = jax.value_and_grad(value_fn)(params)
+    >>> updates, state = tx.update(grads, tx.init(params), params, value=value, value_fn=value_fn, kl_fn=kl_fn)
+    >>> round(float(updates[0]), 3)  # to the bound, but for one backtrack that float32 may need: sqrt(2 * 0.01) = 0.141
+    -0.141
+    """
+    for name, number in (("max_kl", max_kl), ("damping", damping)):
+        if not (math.isfinite(number) and number > 0):
+            raise ValueError(f"{name} must be positive and finite, got {number}. The paper uses max_kl 0.01, damping 1e-5.")
+    if not 0 < backtrack_ratio < 1:
+        raise ValueError(f"backtrack_ratio must lie between 0 and 1, got {backtrack_ratio}. The paper uses 0.8.")
+    check_count("cg_steps", cg_steps)
+    check_count("max_backtracks", max_backtracks)
+    if hvp not in get_args(HessianVectorProduct):
+        raise ValueError(f"hvp must be one of {get_args(HessianVectorProduct)}, got {hvp!r}.")
+
+    def init(params: PyTree) -> TrustRegionState:
+        return TrustRegionState(jnp.zeros(()), jnp.zeros(()))
+
+    def update(
+        grads: PyTree,
+        state: TrustRegionState,
+        params: PyTree,
+        *,
+        value: Array,
+        value_fn: Callable[[PyTree], Array],
+        kl_fn: Callable[[PyTree], Array],
+        kl_product: Callable[[PyTree], PyTree] | None = None,
+        **extra: PyTree,
+    ) -> tuple[PyTree, TrustRegionState]:
+        flat, unravel = ravel_pytree(params)
+        gradient = ravel_pytree(grads)[0]
+        if hvp == "exact" and kl_product is not None:
+            product = lambda vector: ravel_pytree(kl_product(unravel(vector)))[0]  # noqa: E731
+        else:
+            product = hessian_vector_product(lambda flat: kl_fn(unravel(flat)), flat, hvp)
+        direction, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, cg_steps)
+        curvature = direction @ (gradient - residual)  # x^T (H + damping) x
+        full_step = -jnp.sqrt(2 * max_kl / (curvature + 1e-8)) * direction
+
+        def attempt(fraction: Array) -> tuple[Array, Array]:
+            """Whether a step of this length may be taken; false for what is not a number. And its divergence."""
+            moved = unravel(flat + fraction * full_step)
+            kl = kl_fn(moved)
+            return (value_fn(moved) < value) & (kl <= max_kl), kl
+
+        fraction, kl = backtrack(attempt, backtrack_ratio, max_backtracks)
+        step = jnp.where(fraction > 0, fraction * full_step, 0)
+        return unravel(step), TrustRegionState(fraction, kl)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def hessian_vector_product(fn: Callable[[Array], Array], x: Array, method: HessianVectorProduct) -> Callable[[Array], Array]:
+    """Build the function from v [n] to the product [n] of v with the Hessian of `fn` at x [n]."""
+    if method == "exact":
+        return lambda v: jax.jvp(jax.grad(fn), (x,), (v,))[1]
+
+    def product(v: Array) -> Array:
+        # The step that balances rounding (relative 1e-7) against curvature in float32.
+        size = 1e-2 / (jnp.linalg.norm(v) + 1e-8)
+        ahead, behind = jax.grad(fn)(x + size * v), jax.grad(fn)(x - size * v)
+        return (ahead - behind) / (2 * size)
+
+    return product
+
+
+def conjugate_gradient(
+    product: Callable[[Array], Array], target: Array, num_steps: int, *, tolerance: float = 1e-10
+) -> tuple[Array, Array]:
+    """Solve A x = b for a positive definite A that is known by its products.
+
+    Args:
+        product: v [n] -> A v [n].
+        target: b [n].
+        num_steps: iterations at most.
+        tolerance: of the squared norm of the residual, at which to stop.
+
+    Returns:
+        x [n] and the residual b - A x [n].
+    """
+
+    def unsolved(carry: tuple) -> Array:
+        step, _, residual, _ = carry
+        return (step < num_steps) & (residual @ residual > tolerance)
+
+    def iterate(carry: tuple) -> tuple:
+        step, x, residual, direction = carry
+        image = product(direction)
+        length = (residual @ residual) / (direction @ image)
+        left = residual - length * image
+        direction_next = left + (left @ left) / (residual @ residual) * direction
+        return step + 1, x + length * direction, left, direction_next
+
+    return lax.while_loop(unsolved, iterate, (0, jnp.zeros_like(target), target, target))[1:3]
+
+
+def backtrack(attempt: Callable[[Array], tuple[Array, Array]], ratio: float, max_attempts: int) -> tuple[Array, Array]:
+    """Find the first of 1, ratio, ratio^2, ... that is acceptable.
+
+    Args:
+        attempt: fraction [] -> whether it is acceptable [] bool, and a number [] to be returned with it.
+        ratio: the factor between attempts.
+        max_attempts: how many to make.
+
+    Returns:
+        The fraction and its number, both 0 if none was acceptable.
+    """
+
+    def undecided(carry: tuple) -> Array:
+        count, accepted, _, _ = carry
+        return (count < max_attempts) & ~accepted
+
+    def another(carry: tuple) -> tuple:
+        count, _, _, _ = carry
+        fraction = jnp.float32(ratio) ** count
+        accepted, number = attempt(fraction)
+        return count + 1, accepted, jnp.where(accepted, fraction, 0), jnp.where(accepted, number, 0)
+
+    nothing = jnp.zeros(())
+    return lax.while_loop(undecided, another, (0, jnp.array(False), nothing, nothing))[2:]

@@ -1,0 +1,87 @@
+"""The locomotion experiment at tiny size."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import locomotion
+import numpy as np
+import pytest
+import reinforcement
+import runner
+
+from mamljax import report
+from mamljax.rl.locomotion import TASKS
+from mamljax.rl.rendering import RenderingError
+from mamljax.types import State
+
+TINY = "--steps 1 --num-tasks 2 --trajectories 2 --horizon 3 --hidden-sizes 4 --eval-tasks 2 --eval-steps 1 --tuning-lrs 0.1"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_compilation():
+    """At this size programs take longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def main(*argv):
+    return runner.main("locomotion", locomotion.PRESETS, locomotion.execute, [*TINY.split(), *map(str, argv)])
+
+
+def test_an_untrained_policy(tmp_path):
+    pytest.importorskip("mujoco")
+    assert main("--out", tmp_path, "--method", "random") == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert [(row.method, row.setting, row.step) for row in rows] == [
+        ("random", "half_cheetah_velocity", step) for step in (0, 1)
+    ]
+    assert rows[0].published == -254.83
+    assert all(-3 * 6 < row.mean < 0 for row in rows)  # a step costs the distance to at most 2 m/s, and the torque
+
+
+def test_where_nothing_can_render_it_says_so(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("mujoco")
+    drawn = []
+
+    def render(task, positions, *, frames):
+        drawn.append(np.asarray(positions))
+        raise RenderingError("cannot render: tried nothing")
+
+    monkeypatch.setattr(locomotion, "render_strip", render)
+    options = runner.parse(locomotion.PRESETS, TINY.split())
+    env = locomotion.locomotion(options.task)
+    params = reinforcement.policy_and_collector(options, env)[0].init(jax.random.key(0))
+    states = State(jax.tree.map(lambda leaf: leaf[None], params), ())
+    locomotion.draw_strip(options, env, reinforcement.Trained(states, 1, 0.1, None, None), tmp_path / "strip.png")
+    assert "no strip of frames: cannot render: tried nothing" in capsys.readouterr().err
+    assert drawn[0].shape == (3, 9)  # horizon, and the positions of a half-cheetah
+    assert jnp.isfinite(drawn[0]).all()
+
+
+def test_without_mujoco(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    assert main("--out", tmp_path / "run") == 2
+    assert 'pip install "mamljax[rl]"' in capsys.readouterr().err
+
+
+def test_presets_are_the_papers():
+    assert locomotion.PRESETS.keys() == TASKS.keys() == locomotion.PUBLISHED.keys()
+    for task, options in locomotion.PRESETS.items():
+        assert (options.preset, options.task, options.out.name) == (task, task, task)
+        assert (options.num_tasks, options.horizon, options.inner_lr, options.eval_steps) == (40, 200, 0.1, 3)
+    assert runner.parse(locomotion.PRESETS, ["--preset", "ant_direction"]).trajectories == 40
+    assert runner.parse(locomotion.PRESETS, ["--preset", "half_cheetah_direction"]).max_kl == 0.02
+
+
+@pytest.mark.parametrize(("task", "normalised"), list(zip(TASKS, (0.92, 0.70, 0.93, 0.95), strict=True)))
+def test_published_numbers(task, normalised):
+    assert reinforcement.normalised_published("maml", locomotion.PUBLISHED[task])[3] == normalised
+
+
+def test_an_unknown_task(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main("--out", tmp_path / "run", "--task", "humanoid")
+    assert stop.value.code == 2
+    assert "humanoid" in capsys.readouterr().err

@@ -1,0 +1,171 @@
+"""The navigation experiment as a user runs it, at tiny size."""
+
+import dataclasses
+
+import jax
+import navigation
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import reinforcement
+import runner
+
+from mamljax import report
+from mamljax.record import read_metrics
+
+TINY = {
+    "--steps": "4",
+    "--num-tasks": "3",
+    "--trajectories": "2",
+    "--horizon": "4",
+    "--hidden-sizes": "4",
+    "--eval-tasks": "5",
+    "--eval-steps": "2",
+    "--log-every": "2",
+    "--validate-every": "2",
+}
+ARGUMENTS = [word for option in TINY.items() for word in option] + ["--tuning-lrs", "0.01", "0.1"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_compilation():
+    """At this size programs take longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def main(*argv):
+    return runner.main("navigation", navigation.PRESETS, navigation.execute, [*ARGUMENTS, *map(str, argv)])
+
+
+def checkpoint(out, method):
+    """All that the newest checkpoint holds, as bytes."""
+    newest = max((out / "checkpoints" / method / "steps").iterdir(), key=lambda path: int(path.name))
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(newest.resolve() / "tree")
+    return int(newest.name), [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    assert main("--out", out, "--seeds", 2, "--method", "maml", "random") == 0
+    return out
+
+
+def test_writes_what_it_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    figures = {"learning_curves.png", "training_curves.png", "paths.png"}
+    assert names == {"checkpoints", "config.json", "report.md", "results.json"} | figures
+    for name in figures:
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+    log = read_metrics(finished / "checkpoints" / "maml" / "metrics.jsonl")
+    assert [line["update"] for line in log] == [2, 4]
+    assert {"return_before", "return_after", "kl", "unstable", "validation_error"} <= log[0].keys()
+
+
+def test_rows(finished):
+    rows = report.read_results(finished / "results.json")["rows"]
+    returns = {(row.method, row.step): row for row in rows}
+    assert returns.keys() == {(method, step) for method in ("maml", "random") for step in range(3)}
+    assert {row.metric for row in rows} == {"return"}  # nothing was unstable, and nothing to normalise by
+    assert returns["maml", 1].published == -11.68
+    assert returns["random", 1].note in ("step size 0.01", "step size 0.1")
+    assert returns["maml", 1].note == ""
+    assert [returns[method, 0].meta_updates for method in ("maml", "random")] == [4, 0]
+    assert all(row.tasks == 5 and row.seeds == 2 for row in rows)
+
+
+def trained(method, returns, unstable=0.0):
+    """A method as if trained from two seeds, with these returns [S + 1] on all of three tasks, and 1 more from the second."""
+    values = np.broadcast_to(np.array(returns), (2, 3, len(returns))) + np.array([0.0, 1.0])[:, None, None]
+    return {method: reinforcement.Trained((), 10, 0.5, values, np.full_like(values, unstable))}
+
+
+def test_normalised_returns_and_unstable_trajectories():
+    methods = {**trained("maml", [0.0, 6.0], 0.25), **trained("pretrained", [0.0, 2.0]), **trained("oracle", [10.0])}
+    fields = {"setting": "s", "protocol": "p", "seeds": 2, "tasks": 3}
+    rows = reinforcement.rows_of(methods, navigation.PUBLISHED, source="a paper", **fields)
+    mean = {(row.method, row.metric, row.step): row.mean for row in rows}
+    assert mean["maml", "return", 1] == 6.5
+    assert mean["maml", "normalised return", 0] == 0
+    assert mean["maml", "normalised return", 1] == 0.5
+    assert mean["maml", "share of unstable trajectories", 1] == 0.25
+    assert len(rows) == 2 + 2 + 1 + 2 + 2
+    published = [row.published for row in rows if row.metric == "normalised return"]
+    np.testing.assert_allclose(published, [0.01, 0.46])  # of the paper's -11.68, -19.73 and -2.29 after one step
+    assert reinforcement.normalised_published("maml", navigation.PUBLISHED)[3] == 0.85
+    assert reinforcement.normalised_published("fomaml", navigation.PUBLISHED) == {}
+
+
+@pytest.mark.parametrize("method", ["maml", "fomaml", "pretrained", "random", "oracle"])
+def test_every_method_can_be_built(method):
+    options = runner.parse(navigation.PRESETS, ARGUMENTS)
+    env = navigation.navigation()
+    learner = reinforcement.build_learner(method, options, env)
+    key = jax.random.key(0)
+    state = jax.eval_shape(learner.init, key)
+    assert state.params["MLP_0"]["Dense_0"]["kernel"].shape == (4 if method == "oracle" else 2, 4)
+    after, _ = jax.eval_shape(learner.update, key, state, jax.ShapeDtypeStruct((3, 2), "float32"))
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_returns_are_no_better_than_the_shortest_way(finished):
+    """From the centre of the square a goal is 0.38 away in the mean, 0.1 of it covered by the first of four steps."""
+    rows = report.read_results(finished / "results.json")["rows"]
+    assert all(-4 * 1.2 < row.mean < -0.2 for row in rows)
+
+
+def test_stopped_it_goes_on_to_the_bit(finished, tmp_path):
+    def train(steps, **changes):
+        words = [*ARGUMENTS, "--seeds", "2", "--out", str(tmp_path), "--steps", str(steps)]
+        options = dataclasses.replace(runner.parse(navigation.PRESETS, words), **changes)
+        return reinforcement.train("maml", options, runner.Run("navigation", options), navigation.navigation())[1]
+
+    assert train(4, max_minutes=1e-9) == 0
+    assert train(2) == 2
+    assert checkpoint(tmp_path, "maml")[0] == 2
+    assert train(4) == 4
+    assert checkpoint(tmp_path, "maml") == checkpoint(finished, "maml")
+
+
+def test_the_corrected_protocol_has_nothing_published(tmp_path):
+    assert main("--out", tmp_path, "--method", "random", "--protocol", "corrected") == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert {(row.method, row.protocol, row.published) for row in rows} == {("random", "corrected", None)}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"learning_curves.png", "training_curves.png"}
+
+
+def test_another_configurations_directory(finished, capsys):
+    assert main("--out", finished, "--seeds", 2, "--inner-lr", 0.02) == 2
+    assert "it has {'inner_lr': 0.5}, this one {'inner_lr': 0.02}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--horizon", "0"], "--horizon must be a whole number of at least 1, got 0."),
+        (["--trajectories", "-3"], "--trajectories must be a whole number of at least 1, got -3."),
+        (["--num-tasks", "0"], "--num-tasks must be a whole number of at least 1, got 0."),
+        (["--max-kl", "-0.01"], "--max-kl must be positive and finite, got -0.01."),
+        (["--damping", "0"], "--damping must be positive and finite, got 0.0."),
+        (["--gae-lambda", "1.5"], "gae_lambda must lie in [0, 1], got 1.5."),
+    ],
+)
+def test_bad_options(tmp_path, capsys, arguments, message):
+    assert main("--out", tmp_path / "run", *arguments) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_presets_and_help(capsys):
+    paper = runner.parse(navigation.PRESETS, [])
+    settings = (paper.steps, paper.num_tasks, paper.trajectories, paper.horizon, paper.inner_lr, paper.max_kl)
+    assert settings == (100, 20, 20, 100, 0.5, 0.01)
+    assert runner.parse(navigation.PRESETS, ["--preset", "quick"]).steps < 100
+    assert len({options.out for options in navigation.PRESETS.values()}) == len(navigation.PRESETS)
+    with pytest.raises(SystemExit) as stop:
+        runner.parse(navigation.PRESETS, ["--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f"--{field.replace('_', '-')}" in text for field in navigation.Options.__dataclass_fields__)

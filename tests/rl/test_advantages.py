@@ -1,0 +1,81 @@
+"""Returns, baseline and advantages on trajectories worked out by hand, some of which end early."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mamljax.rl import advantages
+
+# Two trajectories, time first: the second ends after two steps, and what lies beyond is rubbish.
+REWARDS = jnp.array([[1.0, 10.0], [2.0, 20.0], [4.0, 999.0]])
+MASK = jnp.array([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
+VALUES = jnp.array([[0.5, 1.0], [1.0, 2.0], [1.5, 777.0]])
+
+
+def test_discounted_sums_by_hand():
+    sums = advantages.discounted_sums(REWARDS, MASK, 0.5)
+    np.testing.assert_allclose(sums, [[1 + 0.5 * 2 + 0.25 * 4, 10 + 0.5 * 20], [2 + 0.5 * 4, 20], [4, 0]])
+
+
+def test_generalised_advantages_by_hand():
+    """With gamma = lambda = 1/2: deltas, and each plus a quarter of what follows."""
+    found = advantages.generalised_advantages(REWARDS, VALUES, MASK, discount=0.5, gae_lambda=0.5)
+    first = [1 + 0.5 - 0.5, 2 + 0.75 - 1, 4 - 1.5]
+    second = [10 + 1 - 1, 20 - 2]
+    by_hand = [
+        [first[0] + (first[1] + first[2] / 4) / 4, second[0] + second[1] / 4],
+        [first[1] + first[2] / 4, second[1]],
+        [first[2], 0],
+    ]
+    np.testing.assert_allclose(found, by_hand, rtol=1e-6)
+
+
+def test_with_lambda_one_the_advantage_is_the_return_less_the_value():
+    found = advantages.generalised_advantages(REWARDS, VALUES, MASK, discount=0.9, gae_lambda=1.0)
+    expected = advantages.discounted_sums(REWARDS, MASK, 0.9) - VALUES * MASK
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_features_of_the_baseline():
+    found = advantages.features(jnp.array([[[-20.0, 3.0]], [[0.5, 0.0]]]))
+    np.testing.assert_allclose(found[0, 0], [-10, 3, 100, 9, 0, 0, 0, 1])
+    np.testing.assert_allclose(found[1, 0], [0.5, 0, 0.25, 0, 0.01, 1e-4, 1e-6, 1], rtol=1e-6)
+
+
+def test_baseline_is_ridge_regression_in_float64():
+    generator = np.random.default_rng(0)
+    observations = generator.normal(size=(30, 4, 3)).astype(np.float32)
+    returns = generator.normal(size=(30, 4)).astype(np.float32)
+    lengths = np.array([30, 7, 1, 22])
+    mask = (np.arange(30)[:, None] < lengths).astype(np.float32)
+    rubbish = np.where(mask > 0, returns, 1e3).astype(np.float32)
+    found = advantages.linear_baseline(jnp.array(observations), jnp.array(rubbish), jnp.array(mask))
+
+    taken = mask.reshape(-1) > 0
+    x = np.asarray(advantages.features(jnp.array(observations)), np.float64).reshape(120, -1)
+    weights = np.linalg.solve(x[taken].T @ x[taken] + 1e-5 * np.eye(10), x[taken].T @ returns.reshape(-1)[taken])
+    np.testing.assert_allclose(np.reshape(found, -1)[taken], (x @ weights)[taken], atol=1e-3)
+    assert (np.reshape(found, -1)[~taken] == 0).all()
+
+
+def test_baseline_of_returns_that_are_linear_in_the_features_is_exact():
+    """But for what the ridge takes of the large weight of time cubed."""
+    time = jnp.broadcast_to(jnp.arange(50.0)[:, None], (50, 3))
+    observations = jnp.sin(time + jnp.arange(3.0)[None])[..., None]
+    returns = 2.0 * observations[..., 0] - 30.0 * (time / 100) ** 3 + 5.0
+    np.testing.assert_allclose(advantages.linear_baseline(observations, returns, jnp.ones((50, 3))), returns, atol=1e-2)
+
+
+@pytest.mark.parametrize("mask", [MASK, jnp.ones_like(MASK)])
+def test_standardised_advantages(mask):
+    found = np.asarray(advantages.standardise(REWARDS, mask))
+    taken = found[mask > 0]
+    assert abs(taken.mean()) < 1e-6
+    np.testing.assert_allclose(taken.std(), 1.0, rtol=1e-5)
+    assert (found[mask == 0] == 0).all()
+
+
+def test_no_step_taken_at_all_is_no_nan():
+    nothing = jnp.zeros((3, 2))
+    assert (advantages.standardise(REWARDS, nothing) == 0).all()
+    assert (advantages.linear_baseline(jnp.ones((3, 2, 1)), REWARDS, nothing) == 0).all()

@@ -1,0 +1,265 @@
+"""The reinforcement learning methods: one battery for all, exact derivatives, and an environment that they must solve."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mamljax.checkpoint import Checkpoints
+from mamljax.inner import adapt
+from mamljax.rl.collect import collector
+from mamljax.rl.environment import Environment, Step
+from mamljax.rl.maml_rl import fine_tune, maml_rl, reinforce_loss
+from mamljax.rl.observed import with_task_observed
+from mamljax.rl.trpo import hessian_vector_product, trpo
+from mamljax.types import MetaLearner, Model
+
+KEY = jax.random.key(0)
+MAX_KL = 0.02
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _fast_compilation():
+    """At this size programs take longer to compile than to run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def target_env():
+    """Say the number that the task is, 1 or -1: the reward is minus the squared error, so that saying 0 gets -1 a step."""
+
+    def reset(key, task):
+        return jnp.zeros(()), jnp.ones(1)
+
+    def step(key, state, action, task):
+        return Step(state, jnp.ones(1), -((action[0] - task) ** 2), jnp.array(False))
+
+    return Environment(lambda key: jax.random.rademacher(key, (), jnp.float32), reset, step, observation_size=1, action_size=1)
+
+
+def smooth_policy(inputs):
+    """A policy of a user's own: one tanh layer, with log-std as a parameter."""
+
+    def init(key):
+        first, second = jax.random.split(key)
+        kernels = {"first": jax.random.normal(first, (inputs, 4)), "second": 0.1 * jax.random.normal(second, (4, 1))}
+        return {**kernels, "log_std": jnp.full((1,), -0.5, jnp.float32)}
+
+    return Model(init, lambda params, x: (jnp.tanh(x @ params["first"]) @ params["second"], params["log_std"]))
+
+
+MODEL = smooth_policy(1)
+COLLECT = collector(MODEL, target_env(), horizon=3, trajectories=10)
+MAML = functools.partial(maml_rl, MODEL, COLLECT, rule=0.3, eval_steps=2)
+ORACLE_MODEL = smooth_policy(2)
+ORACLE_COLLECT = collector(ORACLE_MODEL, with_task_observed(target_env()), horizon=3, trajectories=10)
+ORACLE = functools.partial(maml_rl, ORACLE_MODEL, ORACLE_COLLECT, rule=0.3, inner_steps=0, eval_steps=0)
+LEARNERS = {  # name: (learner, adaptation steps in evaluation)
+    "maml by trpo": (MAML(inner_steps=1, tx=trpo(MAX_KL, damping=1e-3)), 2),
+    "two steps by adam": (MAML(inner_steps=2, tx=optax.adam(0.01), differentiation="mixed", chunk_size=3), 2),
+    "oracle": (ORACLE(tx=trpo(MAX_KL, damping=1e-3)), 0),
+}
+
+
+@functools.cache
+def compiled(name):
+    """A learner, its number of steps, and its update and evaluation compiled, with a count of their traces."""
+    learner, num_steps = LEARNERS[name]
+    traces = []
+
+    def update(key, state, tasks):
+        traces.append("update")
+        return learner.update(key, state, tasks)
+
+    return learner, num_steps, jax.jit(update), jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None, 0))), traces
+
+
+@pytest.fixture(params=LEARNERS)
+def case(request):
+    return compiled(request.param)
+
+
+def tasks_from(seed, num_tasks=6):
+    return jax.vmap(target_env().sample_task)(jax.random.split(jax.random.key(seed), num_tasks))
+
+
+def signature(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
+
+
+def equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_is_three_functions_with_the_same_arguments(case):
+    learner = case[0]
+    assert isinstance(learner, MetaLearner)
+    names = [list(inspect.signature(function).parameters) for function in learner]
+    assert names == [["key"], ["key", "state", "tasks"], ["key", "state", "task"]]
+
+
+def test_updates_keep_the_state_as_it_is_and_are_traced_once(case):
+    learner, _, update, _, traces = case
+    state = start = learner.init(KEY)
+    for seed in range(3):
+        state, metrics = update(jax.random.key(seed), state, tasks_from(seed))
+        assert signature(state) == signature(start)
+        assert metrics.keys() == {"return_before", "return_after", "surrogate", "kl", "grad_norm", "unstable"}
+        assert all(value.shape == () and jnp.isfinite(value) for value in metrics.values())
+        assert metrics["unstable"] == 0
+    assert traces == ["update"]
+    assert not equal(state.params, start.params)
+
+
+def test_same_key_same_result_and_survives_a_checkpoint(case, tmp_path):
+    learner, _, update, _, _ = case
+    state, metrics = update(KEY, learner.init(KEY), tasks_from(0))
+    assert equal((state, metrics), update(KEY, learner.init(KEY), tasks_from(0)))
+    assert not equal(state.params, update(jax.random.key(1), learner.init(KEY), tasks_from(0))[0].params)
+    Checkpoints(tmp_path, {}).save(1, state)
+    _, restored = Checkpoints(tmp_path, {}).restore(jax.eval_shape(learner.init, KEY))
+    assert equal(restored, state)
+
+
+def test_evaluation_has_a_number_for_each_step(case):
+    learner, num_steps, _, evaluate, _ = case
+    metrics = evaluate(jax.random.split(KEY, 6), learner.init(KEY), tasks_from(0))
+    assert metrics.keys() == {"return", "unstable"}
+    assert all(values.shape == (6, num_steps + 1) and jnp.isfinite(values).all() for values in metrics.values())
+    assert (metrics["return"] < 0).all()
+
+
+@pytest.mark.parametrize("name", ["maml by trpo", "oracle"])
+def test_trpo_keeps_to_the_bound_and_improves_the_surrogate(name):
+    learner, _, update, _, _ = compiled(name)
+    state, taken = learner.init(KEY), 0
+    for seed in range(10):
+        state, metrics = update(jax.random.key(seed), state, tasks_from(seed))
+        assert metrics["kl"] <= MAX_KL * (1 + 1e-4)
+        assert metrics["surrogate"] < 1e-6
+        taken += bool(state.opt.fraction > 0)
+        np.testing.assert_allclose(metrics["kl"], state.opt.kl, rtol=1e-3, atol=1e-7)  # on the line search's data
+    assert taken >= 8
+
+
+@pytest.mark.slow
+def test_a_trivial_environment_is_solved_by_one_step():
+    """A policy that knows nothing gets -1 a step and minus its variance; 9 in 10 of that is gone after one step."""
+    learner, _, update, evaluate, _ = compiled("maml by trpo")
+    state = learner.init(KEY)
+    for seed in range(150):
+        state, _ = update(jax.random.key(seed), state, tasks_from(seed))
+    returns = evaluate(jax.random.split(KEY, 6), state, jnp.array([1.0, -1.0] * 3))["return"].mean(0)
+    assert returns[0] < -2.5
+    assert returns[1] > -1.0
+
+
+@pytest.fixture(scope="module")
+def batches():
+    """Two steps of adaptation to one task, and what came after."""
+    params = MODEL.init(KEY)
+    return params, jax.jit(lambda: fine_tune(MODEL, COLLECT, optax.sgd(0.3), 2, KEY, params, jnp.float32(1.0)))()
+
+
+class Spy:
+    """An outer optimiser that takes no step, and keeps what it was given."""
+
+    def __init__(self):
+        self.seen = {}
+
+    def update(self, grads, state, params, **extra):
+        self.seen = {"grads": grads, "params": params, **extra}
+        return jax.tree.map(jnp.zeros_like, grads), state
+
+    def tx(self):
+        return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), self.update)
+
+
+def derivatives(differentiation, *, chunk_size=None, in_other_ways=()):
+    """The meta-gradient, and the Hessian of the divergence times a vector as the learner has it, and in other ways."""
+
+    def run(key):
+        spy = Spy()
+        learner = maml_rl(
+            MODEL,
+            COLLECT,
+            rule=0.3,
+            inner_steps=1,
+            eval_steps=0,
+            tx=spy.tx(),
+            differentiation=differentiation,
+            chunk_size=chunk_size,
+        )
+        learner.update(key, learner.init(KEY), tasks_from(0))
+        flat, unravel = jax.flatten_util.ravel_pytree(spy.seen["params"])
+        vector = jnp.cos(jnp.arange(flat.size, dtype=jnp.float32))
+
+        def kl_fn(flat):
+            return spy.seen["kl_fn"](unravel(flat))
+
+        return {
+            "gradient": jax.flatten_util.ravel_pytree(spy.seen["grads"])[0],
+            "product": jax.flatten_util.ravel_pytree(spy.seen["kl_product"](unravel(vector)))[0],
+            "change": spy.seen["value"] - spy.seen["value_fn"](spy.seen["params"]),
+            **{method: hessian_vector_product(kl_fn, flat, method)(vector) for method in in_other_ways},
+        }
+
+    return jax.jit(run)(KEY)
+
+
+@pytest.fixture(scope="module")
+def second_order():
+    return derivatives("reverse", in_other_ways=("exact", "finite_differences"))
+
+
+def test_hessian_vector_products_agree(second_order):
+    scale = jnp.abs(second_order["exact"]).max()
+    np.testing.assert_allclose(second_order["product"], second_order["exact"], atol=1e-4 * scale)
+    np.testing.assert_allclose(second_order["finite_differences"], second_order["exact"], atol=1e-2 * scale)
+    assert abs(second_order["change"]) < 1e-6
+
+
+def test_first_order_is_another_gradient_and_another_product(second_order):
+    first_order = derivatives("first_order", chunk_size=1)
+    for name in ("gradient", "product"):
+        difference = jnp.abs(first_order[name] - second_order[name]).max()
+        assert difference > 1e-2 * jnp.abs(second_order[name]).max(), name
+
+
+def test_mixed_mode_and_chunks_are_the_same_gradient(second_order):
+    settings = {"rule": 0.3, "inner_steps": 1, "eval_steps": 0, "tx": optax.sgd(1.0)}
+    mixed = maml_rl(MODEL, COLLECT, differentiation="mixed", chunk_size=4, **settings)
+    state = mixed.init(KEY)
+    moved = jax.jit(mixed.update)(KEY, state, tasks_from(0))[0].params
+    gradient = jax.flatten_util.ravel_pytree(jax.tree.map(lambda old, new: old - new, state.params, moved))[0]
+    np.testing.assert_allclose(gradient, second_order["gradient"], rtol=1e-3, atol=1e-6)
+
+
+def test_adaptation_gathers_with_the_policy_of_each_step(batches):
+    """The mean that acted changes from step to step as `inner.adapt` on the same batches says."""
+    params, found = batches
+    before = jax.tree.map(lambda leaf: leaf[:-1], found)
+    _, path = adapt(functools.partial(reinforce_loss, MODEL), params, before, optax.sgd(0.3))
+    means = jax.vmap(lambda params: MODEL.apply(params, jnp.ones(1))[0])(path)
+    np.testing.assert_allclose(found.trajectories.mean[:, 0, 0], means, rtol=1e-4, atol=1e-6)
+    assert len(set(np.asarray(means[:, 0]))) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"inner_steps": -1}, "inner_steps must be a whole number of at least 0, got -1"),
+        ({"eval_steps": 0.5}, "eval_steps must be a whole number of at least 0, got 0.5"),
+        ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
+        ({"rule": 0.0}, "the inner step size must be positive and finite, got 0.0"),
+        ({"rule": optax.adam(0.1)}, "the inner rule has no finite derivative"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        maml_rl(MODEL, COLLECT, **{"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "tx": optax.sgd(0.1)} | settings)
