@@ -30,7 +30,7 @@ ALLOWED = {
     "report": FOUNDATION | {"record"},
     "maml": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
     "baselines": FOUNDATION | {"losses", "models", "inner", "rules", "outer", "maml"},
-    "rl": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
+    "rl": FOUNDATION | {"models", "inner", "rules", "devices"},
 }
 
 

@@ -9,6 +9,7 @@ import optax
 from jax import Array, lax
 
 from mamljax.checks import check_count
+from mamljax.devices import divide, mean_over_devices
 from mamljax.inner import Differentiation, adapt
 from mamljax.rl import gaussian
 from mamljax.rl.advantages import masked_mean
@@ -84,12 +85,17 @@ def maml_rl(
     def task_kl_product(params: PyTree, vector: PyTree, batches: Batch) -> PyTree:
         return gauss_newton_product(partial(actions, batches=batches), partial(divergence, _last(batches)), params, vector)
 
+    def adapt_to_all(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
+        keys, tasks = keys_and_tasks
+        return jax.vmap(partial(fine_tune, model, collect, rule, inner_steps), (0, None, 0))(keys, params, tasks)
+
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
-        batches = jax.vmap(partial(fine_tune, model, collect, rule, inner_steps), (0, None, 0))(keys, state.params, tasks)
+        batches = divide(adapt_to_all, state.params, (keys, tasks))
 
         def over_tasks(fn: Callable) -> Callable:
-            return lambda *args: _mean_over_tasks(partial(fn, *args), batches, chunk_size)
+            mean = partial(_mean_over_tasks, fn, chunk_size)
+            return lambda *args: mean_over_devices(mean, args, batches)
 
         loss_fn, kl_fn = over_tasks(task_loss), over_tasks(task_kl)
         loss, grads = over_tasks(jax.value_and_grad(task_loss))(state.params)
@@ -197,8 +203,8 @@ def _summary(batches: Batch) -> Metrics:
     return {"return_before": before, "return_after": after, "unstable": batches.trajectories.unstable.mean()}
 
 
-def _mean_over_tasks(fn: Callable[[PyTree], PyTree], data: PyTree, chunk_size: int | None) -> PyTree:
-    """The mean over the leading axis of `data`, of which `chunk_size` entries are computed at a time."""
+def _mean_over_tasks(fn: Callable[..., PyTree], chunk_size: int | None, args: tuple, data: PyTree) -> PyTree:
+    """The mean of `fn(*args, entry)` over the leading axis of `data`, of which `chunk_size` entries are computed at a time."""
     num_tasks = len(jax.tree.leaves(data)[0])
-    values = lax.map(fn, data, batch_size=num_tasks if chunk_size is None else chunk_size)
+    values = lax.map(partial(fn, *args), data, batch_size=num_tasks if chunk_size is None else chunk_size)
     return jax.tree.map(lambda leaf: leaf.mean(0), values)

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from mamljax.checkpoint import Checkpoints
+from mamljax.devices import on, place, task_mesh
 from mamljax.inner import adapt
 from mamljax.rl.collect import collector
 from mamljax.rl.environment import Environment, Step
@@ -178,6 +179,18 @@ class Spy:
 
     def tx(self):
         return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), self.update)
+
+
+def test_devices_share_the_tasks():
+    """As on one device, up to rounding, which the line search may only make smaller than its steps."""
+    learner, _, update, *_ = compiled("maml by trpo")
+    tasks = jax.vmap(target_env().sample_task)(jax.random.split(KEY, 4))
+    alone, metrics = update(KEY, learner.init(KEY), tasks)
+    mesh = task_mesh(2)
+    with on(mesh):
+        shared, shared_metrics = jax.jit(learner.update)(*place((KEY, learner.init(KEY), tasks), mesh))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), shared.params, alone.params)
+    np.testing.assert_allclose(shared_metrics["return_after"], metrics["return_after"], rtol=1e-4)
 
 
 def derivatives(differentiation, *, chunk_size=None, in_other_ways=()):
