@@ -113,20 +113,14 @@ def fit(
     mesh = None if mesh is None else task_mesh(mesh)
     if mesh is not None and num_tasks % mesh.size:
         raise ValueError(f"num_tasks must be a multiple of the number of devices, {mesh.size}, got {num_tasks}.")
-    by_seed = functools.partial(over_seeds, key.shape)
-    now = jax.jit(by_seed(functools.partial(_start, learner)))(key)
-    sampler_from, sampler_spec = preparation(sample, key, num_tasks, log_every, mesh)
-    updates = meta_updates(learner, num_tasks, log_every, sampler_spec=sampler_spec)
-    run = jax.jit(by_seed(updates, (0, 0, None, None, None)), donate_argnums=0)
-    validate = jax.jit(by_seed(_validate, (0, None)))
+    programs = _compile(learner, sample, key, num_tasks, log_every, mesh)
     validate_fn = validate_fn and place(as_argument(validate_fn), mesh)
-
     decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(Record(directory if is_first_host() else None, decisive, tensorboard=tensorboard))
         interrupted = stack.enter_context(interruptions())
-        done, now = from_first_host(record.restore(now))
-        done, now = int(done), place(now, mesh)
+        done, now = from_first_host(record.restore(programs.start(key)))
+        done, now, key = int(done), place(now, mesh), place(key, mesh)
         if done > num_updates:
             raise CheckpointError(
                 f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
@@ -134,26 +128,21 @@ def fit(
         progress = progress and is_first_host()
         if done and progress:
             print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
-        seldom = 0.2 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
-        bar = tqdm(total=num_updates, initial=done, desc=label, unit="update", disable=not progress, mininterval=seldom)
-        stack.enter_context(bar)
-        started, key = time.monotonic(), place(key, mesh)
-        sampler = sampler_from(done)
+        bar = stack.enter_context(_progress_bar(label, done, num_updates, shown=progress))
+        started, sampler = time.monotonic(), programs.sampler_from(done)
         while done < num_updates and not any_host(interrupted.is_set() or time.monotonic() - started >= max_seconds):
             every = [log_every] + [validate_every] * (validate_fn is not None)
             stop = min(num_updates, *(done + n - done % n for n in every))
-            with on(mesh):
-                state, metrics = run(now.state, key, done, stop, sampler)
+            state, metrics = programs.run(now.state, key, done, stop, sampler)
             if stop < num_updates:
-                sampler = sampler_from(stop)  # while the device computes
+                sampler = programs.sampler_from(stop)  # while the device computes
             metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
             _check_finite(metrics, done, record.where)
             _check_params(take_back(state, mesh), stop, record.where)
             now = now._replace(state=state)
             line = {name: float(values.mean()) for name, values in metrics.items()}
             if validate_fn and stop % validate_every == 0:
-                with on(mesh):
-                    now, error = validate(now, validate_fn)
+                now, error = programs.validate(now, validate_fn)
                 line["validation_error"] = float(np.mean(error))
             bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}, refresh=False)
             bar.update(stop - done)
@@ -165,7 +154,43 @@ def fit(
     if any_host(interrupted.is_set()):
         raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where}")
     now = take_back(now, mesh)
-    return Result(now.state, jax.jit(by_seed(_best))(now), done, record.seconds)
+    return Result(now.state, programs.best(now), done, record.seconds)
+
+
+class _Programs(NamedTuple):
+    """The compiled parts of a training."""
+
+    start: Callable  # key -> Progress, on one device
+    sampler_from: Callable  # meta-update -> sampler of it and the next few
+    run: Callable  # (state, key, start, stop, sampler) -> (state, metrics)
+    validate: Callable  # (Progress, validate_fn) -> (Progress, error)
+    best: Callable  # Progress -> state, on one device
+
+
+def _compile(learner: MetaLearner, sample: SampleFn, key: Array, num_tasks: int, length: int, mesh: Mesh | None) -> _Programs:
+    by_seed = functools.partial(over_seeds, key.shape)
+    sampler_from, sampler_spec = preparation(sample, key, num_tasks, length, mesh)
+    run = by_seed(meta_updates(learner, num_tasks, length, sampler_spec=sampler_spec), (0, 0, None, None, None))
+
+    def on_mesh(compiled: Callable) -> Callable:
+        def call(*args: Any) -> Any:
+            with on(mesh):
+                return compiled(*args)
+
+        return call
+
+    return _Programs(
+        start=jax.jit(by_seed(functools.partial(_start, learner))),
+        sampler_from=sampler_from,
+        run=on_mesh(jax.jit(run, donate_argnums=0)),
+        validate=on_mesh(jax.jit(by_seed(_validate, (0, None)))),
+        best=jax.jit(by_seed(_best)),
+    )
+
+
+def _progress_bar(label: str, done: int, total: int, *, shown: bool) -> tqdm:
+    seldom = 0.2 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
+    return tqdm(total=total, initial=done, desc=label, unit="update", disable=not shown, mininterval=seldom)
 
 
 def read_best(learner: MetaLearner, directory: str | Path, *, seeds: int) -> State:
