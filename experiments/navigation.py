@@ -78,14 +78,14 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
         params = jax.tree.map(lambda leaf: leaf[0], trained[method].states.params)
         adapt = functools.partial(fine_tune, model, collect, reinforcement.halving_rule(trained[method].lr), options.eval_steps)
         batches = jax.jit(jax.vmap(lambda key, goal, adapt=adapt, params=params: adapt(key, params, goal)))(keys, goals)
-        for axes, goal, observations, mask in zip(
-            line, goals, batches.trajectories.observations, batches.trajectories.mask, strict=True
-        ):
+        steps = batches.trajectories
+        of_first = jax.vmap(jax.vmap(lambda steps: steps.first))(steps)
+        for axes, goal, observations, first in zip(line, goals, steps.observations, of_first, strict=True):
             for step, colour in DRAWN_STEPS.items():
                 if step > options.eval_steps:
                     continue
                 for trajectory in range(min(DRAWN_TRAJECTORIES, options.trajectories)):
-                    taken = observations[step, :, trajectory][mask[step, :, trajectory] > 0]
+                    taken = observations[step, :, trajectory][first[step, :, trajectory]]
                     label = {"label": f"after {step} steps"} if trajectory == 0 else {}
                     axes.plot(*taken.T, color=colour, linewidth=1, **label)
             axes.plot(*goal, "C3*", markersize=12, label="goal")

@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
     trajectories: Trajectories
     advantages: Array  # [T, E] of mean 0 and standard deviation 1
-    returns: Array  # [E] undiscounted sums of rewards; NaN where the policy's actions were not finite
+    returns: Array  # [E] undiscounted, of the first trajectory of each row; NaN where the policy's actions were not finite
 
 
 CollectFn = Callable[[Array, PyTree, PyTree], Batch]  # (key, params, task) -> fresh trajectories of one task
@@ -42,7 +42,8 @@ def collector(
         model: the policy: (params, observations [..., o]) -> mean [..., a] and log-std, [..., a] or [a], of its actions.
         env: the environment.
         horizon: T, steps after which a trajectory ends in any case.
-        trajectories: E, trajectories of each batch; 20 in the paper, 40 for ant direction.
+        trajectories: E, rows of T steps in each batch, of one trajectory after the other where they end early; 20 in the paper,
+            40 for ant direction.
         discount: gamma, by step; 0.99 in the paper.
         gae_lambda: lambda of the advantages; 1 in the paper.
 
@@ -62,12 +63,13 @@ def collector(
 
     def collect(key: Array, params: PyTree, task: PyTree) -> Batch:
         data = rollout(key, params, task, model=model, env=env, horizon=horizon, trajectories=trajectories)
-        discounted = discounted_sums(data.rewards, data.mask, discount)
-        values = linear_baseline(data.observations, discounted, data.mask)
-        advantages = generalised_advantages(data.rewards, values, data.mask, discount=discount, gae_lambda=gae_lambda)
-        # A policy that is no longer finite ends all its trajectories at once: that must not count as a return of 0.
+        discounted = discounted_sums(data.rewards, data.ends, discount)
+        values = linear_baseline(data.observations, data.time, discounted, data.mask)
+        advantages = generalised_advantages(data.rewards, values, data.ends, discount=discount, gae_lambda=gae_lambda)
+        # Of the first trajectories alone: of those that follow, more are short. And a policy that is no longer finite ends all
+        # its trajectories at once, which must not count as a return of 0.
         acted = jnp.isfinite(data.actions).all(axis=(0, 2))
-        returns = jnp.where(acted, data.rewards.sum(axis=0), jnp.nan)
+        returns = jnp.where(acted, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
         return Batch(data, standardise(advantages, data.mask), returns)
 
     return collect

@@ -118,7 +118,7 @@ def maml_rl(
 
     def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
         batches = fine_tune(model, collect, rule, eval_steps, key, state.params, task)
-        return {"return": batches.returns.mean(1), "unstable": batches.trajectories.unstable.mean(1)}
+        return {"return": batches.returns.mean(1), "unstable": jax.vmap(_unstable)(batches)}
 
     return MetaLearner(init, update, evaluate)
 
@@ -197,10 +197,15 @@ def _last(batches: Batch) -> Batch:
     return jax.tree.map(lambda leaf: leaf[-1], batches)
 
 
+def _unstable(batches: Batch) -> Array:
+    """The share of trajectories that ended because a state was not finite, []."""
+    return batches.trajectories.unstable.sum() / batches.trajectories.ends.sum()
+
+
 def _summary(batches: Batch) -> Metrics:
     """Mean returns before and after adaptation, and the share of unstable trajectories, over a meta-batch [B, S + 1, ...]."""
     before, after = batches.returns[:, 0].mean(), batches.returns[:, -1].mean()
-    return {"return_before": before, "return_after": after, "unstable": batches.trajectories.unstable.mean()}
+    return {"return_before": before, "return_after": after, "unstable": _unstable(batches)}
 
 
 def _mean_over_tasks(fn: Callable[..., PyTree], chunk_size: int | None, args: tuple, data: PyTree) -> PyTree:

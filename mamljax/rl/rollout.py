@@ -12,24 +12,35 @@ from mamljax.types import Model, PyTree
 
 
 class Trajectories(NamedTuple):
-    """What a policy saw, did and received in one task. What lies after the end of a trajectory is masked, and meaningless."""
+    """What a policy saw, did and received in one task: E rows of T steps, each of one trajectory after the other.
+
+    A row whose mask is 0 is of no use: there the state became not finite, or a trajectory had no time left to end.
+    """
 
     observations: Array  # [T, E, o] before each action
     actions: Array  # [T, E, a]
-    rewards: Array  # [T, E]
-    mask: Array  # [T, E] 1 for a step that was taken, 0 after the end
+    rewards: Array  # [T, E], 0 where masked
+    mask: Array  # [T, E] 1 for a step of a trajectory that ended
+    ends: Array  # [T, E] 1 for the last step of a trajectory
+    time: Array  # [T, E] steps since the trajectory's first
     mean: Array  # [T, E, a] of the policy's distribution
     log_std: Array  # [T, E, a]
-    unstable: Array  # [E] bool: ended because the environment's next state was not finite
+    unstable: Array  # [T, E] 1 where a trajectory ended because the next state was not finite
+
+    @property
+    def first(self) -> Array:
+        """Which steps are of the first trajectory of their row, [T, E] bool."""
+        return jnp.cumsum(self.ends, axis=0) - self.ends == 0
 
 
 def rollout(
     key: Array, params: PyTree, task: PyTree, *, model: Model, env: Environment, horizon: int, trajectories: int
 ) -> Trajectories:
-    """Let a policy act in E copies of one task.
+    """Let a policy act in E copies of one task, for T steps each.
 
-    A trajectory ends after `horizon` steps, with the step that the environment calls `done`, or before a step whose state,
-    observation or reward is not finite. Its environment then stands still, while the others go on.
+    A trajectory ends after T steps, with the step that the environment calls `done`, or before a step whose state, observation
+    or reward is not finite. Where it ends early the next one begins, in one of the E first states, so that there are as many
+    steps to learn from as in the authors' code, whatever the policy.
 
     Args:
         key: a JAX random key.
@@ -42,27 +53,32 @@ def rollout(
     """
 
     def step(carry: tuple, noise_and_keys: tuple) -> tuple[tuple, Trajectories]:
-        state, observation, alive, unstable = carry
+        state, observation, time, count = carry
         noise, keys = noise_and_keys
         mean, log_std = model.apply(params, observation)
         action = gaussian.from_noise(noise, mean, log_std)
         outcome = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, action, task)
-        finite = _finite((outcome.state, outcome.observation, outcome.reward))
-        taken, goes_on = alive & finite, alive & finite & ~outcome.done
-        state, next_observation = _where(goes_on, (outcome.state, outcome.observation), (state, observation))
-        unstable |= alive & ~finite
-        reward, mask = jnp.where(taken, outcome.reward, 0), taken.astype(mean.dtype)
-        seen = Trajectories(observation, action, reward, mask, mean, jnp.broadcast_to(log_std, mean.shape), unstable)
-        return (state, next_observation, goes_on, unstable), seen
+        taken = _finite((outcome.state, outcome.observation, outcome.reward))
+        ends = outcome.done | ~taken | (time + 1 == horizon)
+        count += ends
+        another = jax.tree.map(lambda leaf: leaf[(jnp.arange(trajectories) + count) % trajectories], first)
+        following = _where(ends, another, (outcome.state, outcome.observation))
+        log_std = jnp.broadcast_to(log_std, mean.shape)
+        reward = jnp.where(taken, outcome.reward, 0)
+        seen = Trajectories(observation, action, reward, taken, ends, time, mean, log_std, ~taken)
+        return (*following, jnp.where(ends, 0, time + 1), count), seen
 
     reset_key, noise_key, step_key = jax.random.split(key, 3)
     noise = jax.random.normal(noise_key, (horizon, trajectories, env.action_size))
     keys = jax.random.split(step_key, (horizon, trajectories))
     state, observation = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(reset_key, trajectories), task)
-    finite = _finite((state, observation))
-    start = state, jnp.where(jnp.expand_dims(finite, 1), observation, 0), finite, ~finite
-    seen = lax.scan(step, start, (noise, keys))[1]
-    return seen._replace(unstable=seen.unstable[-1])
+    first = state, jnp.where(jnp.isfinite(observation), observation, 0)  # of an unstable state, whose first step is masked
+    nothing = jnp.zeros(trajectories, int)
+    seen = lax.scan(step, (*first, nothing, nothing), (noise, keys))[1]
+    mask = seen.mask & lax.cummax(seen.ends.astype(int), axis=0, reverse=True).astype(bool)
+    flags = {"mask": mask, "ends": seen.ends, "time": seen.time, "unstable": seen.unstable}
+    numbers = {name: value.astype(seen.mean.dtype) for name, value in flags.items()}
+    return seen._replace(rewards=jnp.where(mask, seen.rewards, 0), **numbers)
 
 
 def _finite(tree: PyTree) -> Array:

@@ -1,4 +1,4 @@
-"""Returns, baseline and advantages on trajectories worked out by hand, some of which end early."""
+"""Returns, baseline and advantages of trajectories worked out by hand, some of which end early."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,20 +6,28 @@ import pytest
 
 from mamljax.rl import advantages
 
-# Two trajectories, time first: the second ends after two steps, and what lies beyond is rubbish.
-REWARDS = jnp.array([[1.0, 10.0], [2.0, 20.0], [4.0, 999.0]])
+# Two rows, time first: one trajectory of three steps; and one of two, after which the next has no time to end.
+REWARDS = jnp.array([[1.0, 10.0], [2.0, 20.0], [4.0, 0.0]])
+ENDS = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
 MASK = jnp.array([[1.0, 1.0], [1.0, 1.0], [1.0, 0.0]])
-VALUES = jnp.array([[0.5, 1.0], [1.0, 2.0], [1.5, 777.0]])
+VALUES = jnp.array([[0.5, 1.0], [1.0, 2.0], [1.5, 0.0]])
+TIME = jnp.array([[0.0, 0.0], [1.0, 1.0], [2.0, 0.0]])
 
 
 def test_discounted_sums_by_hand():
-    sums = advantages.discounted_sums(REWARDS, MASK, 0.5)
+    sums = advantages.discounted_sums(REWARDS, ENDS, 0.5)
     np.testing.assert_allclose(sums, [[1 + 0.5 * 2 + 0.25 * 4, 10 + 0.5 * 20], [2 + 0.5 * 4, 20], [4, 0]])
+
+
+def test_sums_of_one_trajectory_after_the_other():
+    """Each is as if it were alone."""
+    rewards, ends = jnp.array([[1.0], [2.0], [3.0], [4.0]]), jnp.array([[0.0], [1.0], [0.0], [1.0]])
+    np.testing.assert_allclose(advantages.discounted_sums(rewards, ends, 0.5)[:, 0], [2, 2, 5, 4])
 
 
 def test_generalised_advantages_by_hand():
     """With gamma = lambda = 1/2: deltas, and each plus a quarter of what follows."""
-    found = advantages.generalised_advantages(REWARDS, VALUES, MASK, discount=0.5, gae_lambda=0.5)
+    found = advantages.generalised_advantages(REWARDS, VALUES, ENDS, discount=0.5, gae_lambda=0.5)
     first = [1 + 0.5 - 0.5, 2 + 0.75 - 1, 4 - 1.5]
     second = [10 + 1 - 1, 20 - 2]
     by_hand = [
@@ -30,16 +38,22 @@ def test_generalised_advantages_by_hand():
     np.testing.assert_allclose(found, by_hand, rtol=1e-6)
 
 
+def test_the_value_of_the_next_trajectory_is_none_of_the_last_ones_business():
+    rewards, values, ends = jnp.ones((2, 1)), jnp.array([[3.0], [50.0]]), jnp.ones((2, 1))
+    found = advantages.generalised_advantages(rewards, values, ends, discount=0.9, gae_lambda=0.9)
+    np.testing.assert_allclose(found[:, 0], [1 - 3, 1 - 50])
+
+
 def test_with_lambda_one_the_advantage_is_the_return_less_the_value():
-    found = advantages.generalised_advantages(REWARDS, VALUES, MASK, discount=0.9, gae_lambda=1.0)
-    expected = advantages.discounted_sums(REWARDS, MASK, 0.9) - VALUES * MASK
+    found = advantages.generalised_advantages(REWARDS, VALUES, ENDS, discount=0.9, gae_lambda=1.0)
+    expected = advantages.discounted_sums(REWARDS, ENDS, 0.9) - VALUES
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_features_of_the_baseline():
-    found = advantages.features(jnp.array([[[-20.0, 3.0]], [[0.5, 0.0]]]))
+    found = advantages.features(jnp.array([[[-20.0, 3.0]], [[0.5, 0.0]]]), jnp.array([[0.0], [50.0]]))
     np.testing.assert_allclose(found[0, 0], [-10, 3, 100, 9, 0, 0, 0, 1])
-    np.testing.assert_allclose(found[1, 0], [0.5, 0, 0.25, 0, 0.01, 1e-4, 1e-6, 1], rtol=1e-6)
+    np.testing.assert_allclose(found[1, 0], [0.5, 0, 0.25, 0, 0.5, 0.25, 0.125, 1], rtol=1e-6)
 
 
 def test_baseline_is_ridge_regression_in_float64():
@@ -49,10 +63,11 @@ def test_baseline_is_ridge_regression_in_float64():
     lengths = np.array([30, 7, 1, 22])
     mask = (np.arange(30)[:, None] < lengths).astype(np.float32)
     rubbish = np.where(mask > 0, returns, 1e3).astype(np.float32)
-    found = advantages.linear_baseline(jnp.array(observations), jnp.array(rubbish), jnp.array(mask))
+    time = jnp.broadcast_to(jnp.arange(30.0)[:, None], (30, 4))
+    found = advantages.linear_baseline(jnp.array(observations), time, jnp.array(rubbish), jnp.array(mask))
 
     taken = mask.reshape(-1) > 0
-    x = np.asarray(advantages.features(jnp.array(observations)), np.float64).reshape(120, -1)
+    x = np.asarray(advantages.features(jnp.array(observations), time), np.float64).reshape(120, -1)
     weights = np.linalg.solve(x[taken].T @ x[taken] + 1e-5 * np.eye(10), x[taken].T @ returns.reshape(-1)[taken])
     np.testing.assert_allclose(np.reshape(found, -1)[taken], (x @ weights)[taken], atol=1e-3)
     assert (np.reshape(found, -1)[~taken] == 0).all()
@@ -63,7 +78,7 @@ def test_baseline_of_returns_that_are_linear_in_the_features_is_exact():
     time = jnp.broadcast_to(jnp.arange(50.0)[:, None], (50, 3))
     observations = jnp.sin(time + jnp.arange(3.0)[None])[..., None]
     returns = 2.0 * observations[..., 0] - 30.0 * (time / 100) ** 3 + 5.0
-    np.testing.assert_allclose(advantages.linear_baseline(observations, returns, jnp.ones((50, 3))), returns, atol=1e-2)
+    np.testing.assert_allclose(advantages.linear_baseline(observations, time, returns, jnp.ones((50, 3))), returns, atol=1e-2)
 
 
 @pytest.mark.parametrize("mask", [MASK, jnp.ones_like(MASK)])
@@ -78,4 +93,4 @@ def test_standardised_advantages(mask):
 def test_no_step_taken_at_all_is_no_nan():
     nothing = jnp.zeros((3, 2))
     assert (advantages.standardise(REWARDS, nothing) == 0).all()
-    assert (advantages.linear_baseline(jnp.ones((3, 2, 1)), REWARDS, nothing) == 0).all()
+    assert (advantages.linear_baseline(jnp.ones((3, 2, 1)), TIME, REWARDS, nothing) == 0).all()

@@ -66,36 +66,48 @@ def test_a_trajectory_of_known_states():
     np.testing.assert_array_equal(data.observations[..., 0], states)
     np.testing.assert_array_equal(data.rewards, states + 1)
     np.testing.assert_array_equal(data.mask, 1)
+    np.testing.assert_array_equal(data.ends, np.arange(HORIZON)[:, None] == np.full(TRAJECTORIES, HORIZON - 1))
+    np.testing.assert_array_equal(data.time, np.arange(HORIZON)[:, None] + np.zeros(TRAJECTORIES))
     np.testing.assert_allclose(data.actions, 1.0, atol=1e-6)
     np.testing.assert_array_equal(batch.returns, (states + 1).sum(0))
     assert not data.unstable.any()
 
 
-def test_the_step_that_is_done_is_the_last_one():
-    batch = batch_of(ends=4.0)
+def by_hand(starts, ends=100, breaks=100):
+    """Rows of `counter_env`: observation, time, mask, ends and unstable of each step, [5, T, E]."""
+    rows = []
+    for row in range(TRAJECTORIES):
+        state, time, count, steps = starts[row], 0, 0, []
+        for _ in range(HORIZON):
+            unstable = state + 1 == breaks
+            last = unstable or state + 1 == ends or time + 1 == HORIZON
+            steps.append([state, time, not unstable, last, unstable])
+            count += last
+            state, time = (starts[(row + count) % TRAJECTORIES], 0) if last else (state + 1, time + 1)
+        for step in reversed(steps):  # the last trajectory has no time to end
+            if step[3]:
+                break
+            step[2] = False
+        rows.append(steps)
+    return np.array(rows, np.float32).transpose(2, 1, 0)
+
+
+@pytest.mark.parametrize("case", [{"ends": 4.0}, {"breaks": 4.0}, {"ends": 4.0, "breaks": 3.0}, {"ends": 7.0}])
+def test_where_a_trajectory_ends_the_next_one_begins(case):
+    batch = batch_of(**case)
     data = batch.trajectories
-    lengths = 4 - np.asarray(data.observations[0, :, 0])
-    np.testing.assert_array_equal(data.mask.sum(0), lengths)
-    np.testing.assert_array_equal(data.mask, np.arange(HORIZON)[:, None] < lengths)
-    by_hand = [sum(range(5 - int(length), 5)) for length in lengths]
-    np.testing.assert_array_equal(batch.returns, by_hand)
+    starts = np.asarray(batch_of().trajectories.observations[0, :, 0])
+    observations, time, mask, ends, unstable = by_hand(starts, **case)
+    np.testing.assert_array_equal(data.observations[..., 0], observations)
+    np.testing.assert_array_equal(data.time, time)
+    np.testing.assert_array_equal(data.mask, mask)
+    np.testing.assert_array_equal(data.ends, ends)
+    np.testing.assert_array_equal(data.unstable, unstable)
+    np.testing.assert_array_equal(data.rewards, mask * (observations + 1))
+    first = np.cumsum(ends, axis=0) - ends == 0
+    np.testing.assert_array_equal(batch.returns, (first * mask * (observations + 1)).sum(0))
     assert (batch.advantages * (1 - data.mask) == 0).all()
-    assert not data.unstable.any()
-
-
-def test_what_is_not_finite_ends_the_trajectory_before_it_and_is_counted():
-    batch = batch_of(breaks=4.0)
-    data = batch.trajectories
-    np.testing.assert_array_equal(data.mask.sum(0), 3 - data.observations[0, :, 0])
-    assert data.unstable.all()
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((data.observations, data.rewards, batch.advantages)))
-    assert jnp.isfinite(batch.returns).all()
-
-
-def test_some_may_break_down_while_the_others_go_on():
-    unstable = batch_of(ends=4.0, breaks=3.0).trajectories.unstable
-    starts = batch_of().trajectories.observations[0, :, 0]
-    np.testing.assert_array_equal(unstable, starts < 3)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(batch))
 
 
 def test_a_policy_that_is_not_finite_has_no_return():
@@ -105,9 +117,9 @@ def test_a_policy_that_is_not_finite_has_no_return():
 def test_advantages_are_those_of_their_parts():
     batch = batch_of(ends=5.0)
     data = batch.trajectories
-    returns = advantages.discounted_sums(data.rewards, data.mask, 0.9)
-    values = advantages.linear_baseline(data.observations, returns, data.mask)
-    expected = advantages.standardise(returns - values, data.mask)
+    returns = advantages.discounted_sums(data.rewards, data.ends, 0.9)
+    values = advantages.linear_baseline(data.observations, data.time, returns, data.mask)
+    expected = advantages.standardise((returns - values) * data.mask, data.mask)
     np.testing.assert_allclose(batch.advantages, expected, atol=2e-3)
 
 

@@ -244,15 +244,6 @@ def test_first_order_is_another_gradient_and_another_product(second_order):
         assert difference > 1e-2 * jnp.abs(second_order[name]).max(), name
 
 
-def test_mixed_mode_and_chunks_are_the_same_gradient(second_order):
-    settings = {"rule": 0.3, "inner_steps": 1, "eval_steps": 0, "tx": optax.sgd(1.0)}
-    mixed = maml_rl(MODEL, COLLECT, differentiation="mixed", chunk_size=4, **settings)
-    state = mixed.init(KEY)
-    moved = jax.jit(mixed.update)(KEY, state, tasks_from(0))[0].params
-    gradient = jax.flatten_util.ravel_pytree(jax.tree.map(lambda old, new: old - new, state.params, moved))[0]
-    np.testing.assert_allclose(gradient, second_order["gradient"], rtol=1e-3, atol=1e-6)
-
-
 def test_adaptation_gathers_with_the_policy_of_each_step(batches):
     """The mean that acted changes from step to step as `inner.adapt` on the same batches says."""
     params, found = batches
