@@ -14,7 +14,7 @@ def from_noise(noise: Array, mean: Array, log_std: Array) -> Array:
 def log_prob(x: Array, mean: Array, log_std: Array) -> Array:
     """Logarithm of the density of x [..., a], in nats: [...].
 
-    >>> log_prob(jnp.zeros(2), jnp.zeros(2), jnp.zeros(2)).round(4).item()  # - log(2 pi)
+    >>> round(float(log_prob(jnp.zeros(2), jnp.zeros(2), jnp.zeros(2))), 4)  # - log(2 pi)
     -1.8379
     """
     log_std = jnp.broadcast_to(log_std, mean.shape)

@@ -31,8 +31,8 @@ def navigation(*, reward: Reward = "distance") -> Environment:
     >>> env = navigation()
     >>> state, observation = env.reset(jax.random.key(0), jnp.array([0.3, 0.4]))
     >>> step = env.step(jax.random.key(1), state, jnp.array([1.0, -7.0]), jnp.array([0.1, 0.1]))
-    >>> step.observation.round(3).tolist(), step.reward.round(3).item(), step.done.item()
-    ([0.10000000149011612, -0.10000000149011612], -0.2, False)
+    >>> [round(float(value), 3) for value in (*step.observation, step.reward)], bool(step.done)
+    ([0.1, -0.1, -0.2], False)
     """
     if reward not in get_args(Reward):
         raise ValueError(f"reward must be one of {get_args(Reward)}, got {reward!r}.")
