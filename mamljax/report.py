@@ -124,8 +124,9 @@ def read_results(path: Path) -> dict[str, Any]:
             f"{path} is no results file of this version: expected the keys {sorted(keys)}, found {sorted(found)}. "
             "Run the experiment again."
         )
+    needed = set(Row._fields) - set(Row._field_defaults)  # files of earlier versions lack some of the others
     for row in results["rows"]:
-        if not isinstance(row, dict) or set(row) != set(Row._fields):
+        if not isinstance(row, dict) or not needed <= set(row) <= set(Row._fields):
             raise ResultsError(
                 f"{path} has a row of another schema: expected the fields {list(Row._fields)}, found {list(row)}. "
                 "Run the experiment again."
