@@ -74,11 +74,13 @@ def _product_seconds(product: Product, repeats: int, *, at_least: float = 2e9) -
 
     @jax.jit
     def run(left: Array, right: Array) -> Array:
-        def again(i: Array, before: Array) -> Array:
-            a, b, _ = lax.optimization_barrier((left, right, before))  # or the compiler would do it once, before the loop
-            return a @ b
+        def again(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            right, before = carry
+            # A real dependence on the round before, of one number: else the compiler would multiply once, before the loop.
+            right = right.at[0, 0, 0].add(1e-30 * before[0, 0, 0])
+            return right, left @ right
 
-        return lax.fori_loop(0, count, again, jnp.zeros((product.batch, product.rows, product.columns)))
+        return lax.fori_loop(0, count, again, (right, jnp.zeros((product.batch, product.rows, product.columns))))[1]
 
     return harness.medians({"": lambda: run(left, right)}, repeats)[""] / 1e3 / count
 
