@@ -54,7 +54,8 @@ def maml_rl(
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
         `return_after` adaptation, `surrogate` (after the update; 0 before it, the lower the better), `kl` (in nats, made by
-        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives `return` and `unstable`,
+        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives `return`, of the first trajectory of
+        each row, `return_of_all`, of which more are short where they end early (the authors' measure), and `unstable`:
         [eval_steps + 1], each on fresh trajectories.
 
     Raises:
@@ -112,7 +113,8 @@ def maml_rl(
 
     def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
         batches = fine_tune(model, collect, rule, eval_steps, key, state.params, task)
-        return {"return": batches.returns.mean(1), "unstable": jax.vmap(_unstable)(batches)}
+        unstable = jax.vmap(_unstable)(batches)
+        return {"return": batches.returns.mean(1), "return_of_all": batches.mean_return, "unstable": unstable}
 
     return MetaLearner(init, update, evaluate)
 
