@@ -54,9 +54,9 @@ def maml_rl(
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
         `return_after` adaptation, `surrogate` (after the update; 0 before it, the lower the better), `kl` (in nats, made by
-        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives `return`, of the first trajectory of
-        each row, `return_of_all`, of which more are short where they end early (the authors' measure), and `unstable`:
-        [eval_steps + 1], each on fresh trajectories.
+        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives `return`, of the first trajectory
+        of each row; `return_of_all` (the authors' measure; where trajectories end early, more of them are short); and
+        `unstable`; [eval_steps + 1], each on fresh trajectories.
 
     Raises:
         ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients.
