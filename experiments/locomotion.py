@@ -86,7 +86,7 @@ PRESETS = {
     "half_cheetah_velocity": paper("half_cheetah_velocity"),
     "half_cheetah_direction": paper("half_cheetah_direction", max_kl=0.02),  # the published run's bound
     "ant_velocity": paper("ant_velocity"),
-    "ant_direction": paper("ant_direction", trajectories=40),
+    "ant_direction": paper("ant_direction", trajectories=40, eval_trajectories=40),
 }
 
 
@@ -125,7 +125,7 @@ def draw_strip(options: Options, env: Environment, trained: Trained, path: Path)
 @functools.partial(jax.jit, static_argnames=("options", "env"))
 def adapted_positions(options: Options, env: Environment, params: PyTree, lr: Array, key: Array, task: Array) -> Array:
     """Where the robot is at each step of a trajectory of mean actions, before and after one adaptation step: [2, T, nq]."""
-    model, collect = reinforcement.policy_and_collector(options, env)
+    model, collect = reinforcement.policy_and_collector(reinforcement.at_test(options), env)
     rule = reinforcement.halving_rule(lr)
     batch = jax.tree.map(lambda leaf: leaf[:1], fine_tune(model, collect, rule, 0, key, params, task))
     _, path = adapt(functools.partial(reinforce_loss, model), params, batch, rule)

@@ -48,6 +48,8 @@ class Options(reinforcement.Options):
     """Step size of adaptation, at test halved after the first step; 0.5 in the authors' code, where the text has 0.1."""
     eval_steps: int = 4
     """Adaptation steps at test."""
+    eval_trajectories: int = 40
+    """Trajectories before and after each adaptation step at test; 40 in the authors' code, whose text has 20."""
 
 
 QUICK = Options(preset="quick", steps=15, method=("maml", "pretrained", "random"), out=Path("out/navigation_quick"))
@@ -71,7 +73,7 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
         return
     figure = Figure(figsize=(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods)), layout="constrained")
     panels = figure.subplots(len(methods), DRAWN_GOALS, sharex=True, sharey=True, squeeze=False)
-    model, collect = reinforcement.policy_and_collector(options, env)
+    model, collect = reinforcement.policy_and_collector(reinforcement.at_test(options), env)
     keys = jax.random.split(jax.random.key(TEST_SEED), DRAWN_GOALS)
     goals = jax.vmap(env.sample_task)(keys)
     for method, line in zip(methods, panels, strict=True):

@@ -26,6 +26,8 @@ from mamljax.rl.trpo import HessianVectorProduct, trpo
 from mamljax.types import MetaLearner, Metrics, Model, State
 
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
+FIRST = "return of the first of the trajectories in a row"
+METRICS = ("return_of_all", "return", "unstable")
 TUNING_SEED, TEST_SEED = 1_000_001, 1_000_002
 Method = Literal["maml", "fomaml", "pretrained", "random", "oracle"]
 
@@ -40,8 +42,8 @@ class Options(runner.Options):
     not fine-tuned."""
     num_tasks: int = 20
     trajectories: int = 20
-    """K, trajectories before and after each adaptation step, in training and at test. Where they end early further ones follow,
-    so that there are K x H steps to learn from, as in the authors' code."""
+    """K, trajectories before and after each adaptation step in training. Where they end early further ones follow, so that
+    there are K x H steps to learn from, as in the authors' code."""
     horizon: int = 100
     """H, environment steps after which a trajectory ends."""
     discount: float = 0.99
@@ -71,10 +73,14 @@ class Options(runner.Options):
     eval_tasks: int = 40
     eval_steps: int = 3
     """Adaptation steps at test."""
+    eval_trajectories: int = 20
+    """Trajectories before and after each adaptation step at test."""
     tuning_lrs: tuple[float, ...] = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Step sizes to choose from for fine-tuning, by the mean return over all steps on tasks of their own."""
     log_every: int = 5
     validate_every: int = 20
+
+    free = (*runner.Options.free, "eval_trajectories")
 
 
 class Trained(NamedTuple):
@@ -83,7 +89,8 @@ class Trained(NamedTuple):
     states: State  # every leaf [seeds, ...]
     num_updates: int
     lr: float  # of the first step of fine-tuning
-    returns: np.ndarray  # [seeds, eval_tasks, S + 1] mean undiscounted return on the test tasks
+    returns: np.ndarray  # [seeds, eval_tasks, S + 1] mean undiscounted return on the test tasks, of all trajectories
+    first_returns: np.ndarray  # the same of the first trajectories alone
     unstable: np.ndarray  # [seeds, eval_tasks, S + 1] share of trajectories that ended since the simulation broke down
 
 
@@ -117,7 +124,7 @@ def run_methods(
         if num_updates > 0 or method == "random":  # else time ran out before
             lr = tuned_lr(options, env, states) if method in TUNED else options.inner_lr
             metrics = measure(options, env, states, lr, oracle=method == "oracle", seed=TEST_SEED)
-            trained[method] = Trained(states, num_updates, lr, *(np.asarray(metrics[name]) for name in ("return", "unstable")))
+            trained[method] = Trained(states, num_updates, lr, *(np.asarray(metrics[name]) for name in METRICS))
     fields = {"setting": setting, "protocol": protocol, "source": source, "seeds": options.seeds, "tasks": options.eval_tasks}
     results = run.write(rows_of(trained, published, **fields))
     returns_only = {**results, "rows": [row for row in results["rows"] if row.metric == "return"]}
@@ -157,6 +164,11 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
     )
 
 
+def at_test(options: Options) -> Options:
+    """The same options with as many trajectories as at test."""
+    return dataclasses.replace(options, trajectories=options.eval_trajectories)
+
+
 def policy_and_collector(options: Options, env: Environment, *, oracle: bool = False) -> tuple[Model, CollectFn]:
     """The policy of every method, and how it gathers trajectories; the oracle's sees the task."""
     env = with_task_observed(env) if oracle else env
@@ -184,7 +196,7 @@ def measure(options: Options, env: Environment, states: State, lr: float, *, ora
 
 @functools.partial(jax.jit, static_argnames=("options", "env", "oracle"))
 def _measure(states: State, lr: Array, key: Array, *, options: Options, env: Environment, oracle: bool) -> Metrics:
-    model, collect = policy_and_collector(options, env, oracle=oracle)
+    model, collect = policy_and_collector(at_test(options), env, oracle=oracle)
     steps = 0 if oracle else options.eval_steps
     learner = maml_rl(model, collect, rule=halving_rule(lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
     evaluate_one = functools.partial(evaluate, sample=env.sample_task, key=key, num_tasks=options.eval_tasks)
@@ -211,6 +223,8 @@ def rows_of(
         }
         beside = {"published": dict(enumerate(published.get(method, ()))), "source": source}
         rows += report.rows_over_steps(*mean_and_ci95(result.returns), metric="return", **beside, **mine)
+        if not np.allclose(result.first_returns, result.returns, rtol=1e-4, equal_nan=True):  # some ended early
+            rows += report.rows_over_steps(*mean_and_ci95(result.first_returns), metric=FIRST, **mine)
         if result.unstable.any():
             rows += report.rows_over_steps(*mean_and_ci95(result.unstable), metric="share of unstable trajectories", **mine)
         if method in ("maml", "fomaml") and {"pretrained", "oracle"} <= trained.keys():

@@ -20,6 +20,7 @@ class Batch(NamedTuple):
     trajectories: Trajectories
     advantages: Array  # [T, E] of mean 0 and standard deviation 1
     returns: Array  # [E] undiscounted, of the first trajectory of each row; NaN where the policy's actions were not finite
+    mean_return: Array  # [] undiscounted, of all trajectories that ended
 
 
 CollectFn = Callable[[Array, PyTree, PyTree], Batch]  # (key, params, task) -> fresh trajectories of one task
@@ -66,10 +67,10 @@ def collector(
         discounted = discounted_sums(data.rewards, data.ends, discount)
         values = linear_baseline(data.observations, data.time, discounted, data.mask)
         advantages = generalised_advantages(data.rewards, values, data.ends, discount=discount, gae_lambda=gae_lambda)
-        # Of the first trajectories alone: of those that follow, more are short. And a policy that is no longer finite ends all
-        # its trajectories at once, which must not count as a return of 0.
+        # A policy that is no longer finite ends all its trajectories at once, which must not count as a return of 0.
         acted = jnp.isfinite(data.actions).all(axis=(0, 2))
         returns = jnp.where(acted, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
-        return Batch(data, standardise(advantages, data.mask), returns)
+        mean_return = jnp.sum(data.rewards) / jnp.sum(data.ends) + 0 * jnp.sum(returns)  # as NaN as they are
+        return Batch(data, standardise(advantages, data.mask), returns, mean_return)
 
     return collect

@@ -55,8 +55,9 @@ def maml_rl(
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
         `return_after` adaptation, `surrogate` (after the update; 0 before it, the lower the better), `kl` (in nats, made by
-        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives `return` and `unstable`,
-        [eval_steps + 1], each on fresh trajectories.
+        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives `return`, of the first trajectory
+        of each row; `return_of_all` (the authors' measure; where trajectories end early, more of them are short); and
+        `unstable`; [eval_steps + 1], each on fresh trajectories.
 
     Raises:
         ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients.
@@ -118,7 +119,8 @@ def maml_rl(
 
     def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
         batches = fine_tune(model, collect, rule, eval_steps, key, state.params, task)
-        return {"return": batches.returns.mean(1), "unstable": jax.vmap(_unstable)(batches)}
+        unstable = jax.vmap(_unstable)(batches)
+        return {"return": batches.returns.mean(1), "return_of_all": batches.mean_return, "unstable": unstable}
 
     return MetaLearner(init, update, evaluate)
 

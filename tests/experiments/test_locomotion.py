@@ -15,7 +15,10 @@ from mamljax.rl.locomotion import TASKS
 from mamljax.rl.rendering import RenderingError
 from mamljax.types import State
 
-TINY = "--steps 1 --num-tasks 2 --trajectories 2 --horizon 3 --hidden-sizes 4 --eval-tasks 2 --eval-steps 1 --tuning-lrs 0.1"
+TINY = (
+    "--steps 1 --num-tasks 2 --trajectories 2 --horizon 3 --hidden-sizes 4 "
+    "--eval-tasks 2 --eval-steps 1 --eval-trajectories 2 --tuning-lrs 0.1"
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -54,7 +57,7 @@ def test_where_nothing_can_render_it_says_so(tmp_path, capsys, monkeypatch):
     env = locomotion.locomotion(options.task)
     params = reinforcement.policy_and_collector(options, env)[0].init(jax.random.key(0))
     states = State(jax.tree.map(lambda leaf: leaf[None], params), ())
-    locomotion.draw_strip(options, env, reinforcement.Trained(states, 1, 0.1, None, None), tmp_path / "strip.png")
+    locomotion.draw_strip(options, env, reinforcement.Trained(states, 1, 0.1, None, None, None), tmp_path / "strip.png")
     assert "no strip of frames: cannot render: tried nothing" in capsys.readouterr().err
     assert drawn[0].shape == (3, 9)  # horizon, and the positions of a half-cheetah
     assert jnp.isfinite(drawn[0]).all()

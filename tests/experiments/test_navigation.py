@@ -21,6 +21,7 @@ TINY = {
     "--hidden-sizes": "4",
     "--eval-tasks": "5",
     "--eval-steps": "2",
+    "--eval-trajectories": "3",
     "--log-every": "2",
 }
 ARGUMENTS = [word for option in TINY.items() for word in option] + ["--tuning-lrs", "0.01", "0.1"]
@@ -79,7 +80,9 @@ def test_rows(finished):
 def trained(method, returns, unstable=0.0):
     """A method as if trained from two seeds, with these returns [S + 1] on all of three tasks, and 1 more from the second."""
     values = np.broadcast_to(np.array(returns), (2, 3, len(returns))) + np.array([0.0, 1.0])[:, None, None]
-    return {method: reinforcement.Trained((), 10, 0.5, values, np.full_like(values, unstable))}
+    return {
+        method: reinforcement.Trained((), 10, 0.5, values, values - 1 if unstable else values, np.full_like(values, unstable))
+    }
 
 
 def test_normalised_returns_and_unstable_trajectories():
@@ -91,7 +94,8 @@ def test_normalised_returns_and_unstable_trajectories():
     assert mean["maml", "normalised return", 0] == 0
     assert mean["maml", "normalised return", 1] == 0.5
     assert mean["maml", "share of unstable trajectories", 1] == 0.25
-    assert len(rows) == 2 + 2 + 1 + 2 + 2
+    assert mean["maml", reinforcement.FIRST, 1] == 5.5  # only where some trajectories end early
+    assert len(rows) == 2 + 2 + 1 + 2 + 2 + 2
     published = [row.published for row in rows if row.metric == "normalised return"]
     np.testing.assert_allclose(published, [0.01, 0.46])  # of the paper's -11.68, -19.73 and -2.29 after one step
     assert reinforcement.normalised_published("maml", navigation.PUBLISHED)[3] == 0.85

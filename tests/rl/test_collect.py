@@ -106,12 +106,15 @@ def test_where_a_trajectory_ends_the_next_one_begins(case):
     np.testing.assert_array_equal(data.rewards, mask * (observations + 1))
     first = np.cumsum(ends, axis=0) - ends == 0
     np.testing.assert_array_equal(batch.returns, (first * mask * (observations + 1)).sum(0))
+    np.testing.assert_allclose(batch.mean_return, (mask * (observations + 1)).sum() / ends.sum(), rtol=1e-6)
     assert (batch.advantages * (1 - data.mask) == 0).all()
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(batch))
 
 
 def test_a_policy_that_is_not_finite_has_no_return():
-    assert jnp.isnan(batch_of(params=jnp.nan).returns).all()
+    batch = batch_of(params=jnp.nan)
+    assert jnp.isnan(batch.returns).all()
+    assert jnp.isnan(batch.mean_return)
 
 
 def test_advantages_are_those_of_their_parts():

@@ -130,9 +130,10 @@ def test_same_key_same_result_and_survives_a_checkpoint(case, tmp_path):
 def test_evaluation_has_a_number_for_each_step(case):
     learner, num_steps, _, evaluate, _ = case
     metrics = evaluate(jax.random.split(KEY, 6), learner.init(KEY), tasks_from(0))
-    assert metrics.keys() == {"return", "unstable"}
+    assert metrics.keys() == {"return", "return_of_all", "unstable"}
     assert all(values.shape == (6, num_steps + 1) and jnp.isfinite(values).all() for values in metrics.values())
     assert (metrics["return"] < 0).all()
+    np.testing.assert_allclose(metrics["return_of_all"], metrics["return"], rtol=1e-5)  # none ends early
 
 
 @pytest.mark.parametrize("name", ["maml by trpo", "oracle"])
