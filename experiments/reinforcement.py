@@ -259,7 +259,7 @@ def draw_training(directories: Mapping[Method, Path], path: Path) -> None:
             points = np.array([(line["update"], line[name]) for line in log]).reshape(-1, 2)
             label = {"label": method} if name == "return_after" and len(log) else {}
             axes.plot(*points.T, style, color=f"C{colour}", **label)
-    axes.set(xlabel="meta-updates", ylabel="mean return in training; dotted: before adaptation")
+    axes.set(xlabel="meta-updates", ylabel="mean return in training", title="after adaptation; dotted: before")
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=max(1, len(directories)))
     figure.savefig(path, dpi=100)
