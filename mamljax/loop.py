@@ -11,35 +11,56 @@ from jax.sharding import Mesh, PartitionSpec
 from mamljax.devices import BY_TASK, EVERYWHERE, divide, place
 from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_argument
 
+DRAWN_AHEAD = 2**18  # bytes of tasks at most; larger ones are drawn for one meta-update at a time
+
 
 def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_spec: PartitionSpec = EVERYWHERE) -> Callable:
     """Build a loop of meta-updates: (state, key, start, stop, sample) -> (state, metrics [length]), to be compiled.
 
     It runs updates `start` to `stop`, at most `length` of them; as both are arguments, one compilation serves every call.
-    `sample` must be a pytree, a `jax.tree_util.Partial`; `sampler_spec` says how its arrays lie on several devices.
+    `sample` must be a pytree, a `jax.tree_util.Partial`; `sampler_spec` says how its arrays lie on several devices. Small tasks
+    are drawn for several updates at once: a call for each of a few random numbers takes longer than to make them.
     """
 
     def draw(sample: SampleFn, keys: Array) -> PyTree:
-        return jax.vmap(sample)(keys)
-
-    def update(t: Array, state: State, key: Array, sample: SampleFn) -> tuple[State, Metrics]:
-        task_keys, update_key = _keys_of_update(key, t, num_tasks)
-        return learner.update(update_key, state, divide(draw, sample, task_keys, common_spec=sampler_spec))
+        return jax.vmap(jax.vmap(sample))(keys)
 
     def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
-        def body(t: Array, carry: tuple) -> tuple:
-            state, log = carry
-            state, metrics = update(t, state, key, sample)
-            return state, jax.tree.map(lambda values, value: values.at[t - start].set(value), log, metrics)
+        tasks = jax.eval_shape(jax.vmap(sample), jax.random.split(key, num_tasks))
+        ahead = _num_drawn_ahead(tasks, length)
+        log = _empty_log(jax.eval_shape(learner.update, key, state, tasks)[1], length)
 
-        shapes = jax.eval_shape(update, start, state, key, sample)[1]
-        for name, value in shapes.items():
-            if value.shape != ():
-                raise ValueError(f"the metrics of an update must be scalars, got {name} of shape {value.shape}. Take its mean.")
-        log = {name: jnp.zeros((length, *value.shape), value.dtype) for name, value in shapes.items()}
-        return lax.fori_loop(start, stop, body, (state, log))
+        def block(number: Array, carry: tuple) -> tuple:
+            """Those of `ahead` updates that belong to this call."""
+            first = number * ahead
+            task_keys, update_keys = jax.vmap(lambda t: _keys_of_update(key, t, num_tasks))(first + jnp.arange(ahead))
+            tasks = divide(draw, sample, task_keys.swapaxes(0, 1), common_spec=sampler_spec)  # [num_tasks, ahead, ...]
+
+            def update(t: Array, carry: tuple) -> tuple:
+                state, log = carry
+                its_tasks = jax.tree.map(lambda leaf: leaf[:, t - first], tasks)
+                state, metrics = learner.update(update_keys[t - first], state, its_tasks)
+                return state, jax.tree.map(lambda values, value: values.at[t - start].set(value), log, metrics)
+
+            return lax.fori_loop(jnp.maximum(start, first), jnp.minimum(stop, first + ahead), update, carry)
+
+        return lax.fori_loop(start // ahead, -(-stop // ahead), block, (state, log))
 
     return run
+
+
+def _num_drawn_ahead(tasks: PyTree, length: int) -> int:
+    """For how many meta-updates at once tasks like these are drawn, `length` at most."""
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tasks))
+    return min(length, max(1, DRAWN_AHEAD // max(1, size)))
+
+
+def _empty_log(shapes: Metrics, length: int) -> Metrics:
+    """Room for the metrics of `length` updates."""
+    for name, value in shapes.items():
+        if value.shape != ():
+            raise ValueError(f"the metrics of an update must be scalars, got {name} of shape {value.shape}. Take its mean.")
+    return {name: jnp.zeros(length, value.dtype) for name, value in shapes.items()}
 
 
 def _keys_of_update(key: Array, t: Array, num_tasks: int) -> tuple[Array, Array]:
