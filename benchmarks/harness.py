@@ -75,14 +75,12 @@ def has_room(run: Callable[[], object], megabytes: float, limit: float) -> bool:
 
 def bars(results: Mapping[str, Any], path: Path) -> None:
     """Draw the rows of a results file as bars: metrics across, settings down, a bar for each method."""
-    from matplotlib.figure import Figure
-
     rows = [row for row in results["rows"] if row.mean is not None]
     if not rows:
         return
     settings, metrics = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("setting", "metric"))
     most = max(sum((row.setting, row.metric) == (setting, metrics[0]) for row in rows) for setting in settings)
-    figure = Figure(figsize=(1 + 5 * len(metrics), (1 + 0.3 * most) * len(settings)), layout="constrained")
+    figure = report.new_figure(1 + 5 * len(metrics), (1 + 0.3 * most) * len(settings))
     panels = figure.subplots(len(settings), len(metrics), squeeze=False)
     for setting, line in zip(settings, panels, strict=True):
         for metric, axes in zip(metrics, line, strict=True):

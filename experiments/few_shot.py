@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,6 @@ import optax
 import runner
 from jax import Array
 from jax.tree_util import Partial
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from mamljax import models, report
 from mamljax.baselines.pretrain import pretrain
@@ -33,6 +31,9 @@ from mamljax.maml import fine_tune, maml
 from mamljax.rules import Rule, all_but
 from mamljax.tasks.images import HostEpisodes, episodes, inductive, labelled
 from mamljax.types import MetaLearner, Model, PyTree, SampleFn, State, Task, as_argument
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SOURCE = "Finn et al. 2017, table 1"
 PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
@@ -360,7 +361,7 @@ def draw_episodes(options: Options, data: Data, state: State, lr: float, path: P
         return task, jnp.stack([network.apply(params, task.query.x).argmax(-1) for params in (params, final)])
 
     shown = min(options.ways, 5)  # classes, one image of each
-    figure = Figure(figsize=(1.2 * 2 * shown + 1, 1.75 * count), layout="constrained")
+    figure = report.new_figure(1.2 * 2 * shown + 1, 1.75 * count)
     panels = figure.subplots(count, 2 * shown, squeeze=False)
     for number, row in enumerate(panels):
         key = jax.random.fold_in(jax.random.key(TEST_SEED), number)
@@ -381,7 +382,7 @@ def draw_episodes(options: Options, data: Data, state: State, lr: float, path: P
     figure.savefig(path, dpi=100)
 
 
-def _draw_image(axes: Axes, image: Array, title: str, colour: str) -> None:
+def _draw_image(axes: "Axes", image: Array, title: str, colour: str) -> None:
     axes.imshow(np.asarray(image).squeeze(), cmap="gray_r", vmin=0, vmax=1)
     axes.set_title(title, color=colour, fontsize="medium")
     axes.set(xticks=[], yticks=[])

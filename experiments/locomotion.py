@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import reinforcement
 import runner
 from jax import Array, lax
-from matplotlib.figure import Figure
 from reinforcement import TEST_SEED, Trained
 
+from mamljax import report
 from mamljax.inner import adapt
 from mamljax.rl.environment import Environment
 from mamljax.rl.locomotion import locomotion
@@ -115,7 +115,7 @@ def draw_strip(options: Options, env: Environment, trained: Trained, path: Path)
     except RenderingError as error:
         print(f"no strip of frames: {error}", file=sys.stderr)
         return
-    figure = Figure(figsize=(2 * STRIP_FRAMES, 4), layout="constrained")
+    figure = report.new_figure(2 * STRIP_FRAMES, 4)
     for step, (axes, strip) in enumerate(zip(figure.subplots(2, 1), strips, strict=True)):
         axes.imshow(jnp.concatenate(list(strip), axis=1))
         axes.set(title=f"{options.task} {task:.2f}, after {step} steps", xticks=[], yticks=[])

@@ -14,9 +14,9 @@ from typing import Literal
 import jax
 import reinforcement
 import runner
-from matplotlib.figure import Figure
 from reinforcement import TEST_SEED, Method, Trained
 
+from mamljax import report
 from mamljax.rl.environment import Environment
 from mamljax.rl.maml_rl import fine_tune
 from mamljax.rl.navigation import navigation
@@ -71,7 +71,7 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
     methods = [method for method in ("maml", "pretrained") if method in trained]
     if not methods:
         return
-    figure = Figure(figsize=(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods)), layout="constrained")
+    figure = report.new_figure(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods))
     panels = figure.subplots(len(methods), DRAWN_GOALS, sharex=True, sharey=True, squeeze=False)
     model, collect = reinforcement.policy_and_collector(reinforcement.at_test(options), env)
     keys = jax.random.split(jax.random.key(TEST_SEED), DRAWN_GOALS)

@@ -12,7 +12,6 @@ import numpy as np
 import optax
 import runner
 from jax import Array
-from matplotlib.figure import Figure
 
 from mamljax import report
 from mamljax.evaluate import evaluate, mean_and_ci95
@@ -251,7 +250,7 @@ def normalised_published(method: str, published: Mapping[str, Sequence[float]]) 
 
 def draw_training(directories: Mapping[Method, Path], path: Path) -> None:
     """Draw the mean returns in training, before and after adaptation, over the meta-updates of each method."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = report.new_figure(6, 4)
     axes = figure.subplots()
     for colour, (method, directory) in enumerate(directories.items()):
         log = read_metrics(directory / "metrics.jsonl")

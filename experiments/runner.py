@@ -188,6 +188,7 @@ def main(
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         jax.config.update("jax_compilation_cache_dir", str(cache / "mamljax"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long as well
     # Orbax logs a traceback for each part of a failed save; what is wrong is said below, once.
     logging.getLogger("absl").setLevel(logging.CRITICAL)

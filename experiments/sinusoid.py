@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import optax
 import runner
 from jax import Array
-from matplotlib.figure import Figure
 
 from mamljax import report
 from mamljax.baselines.pretrain import pretrain
@@ -168,7 +167,7 @@ def tuned_lr(options: Options, states: State, *, shots: int) -> float:
 def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path: Path) -> None:
     """Draw the first seed's networks before and after adaptation to 5 points, from all or from the left half of the range."""
     fits = {method: fits[method] for method in ("maml", "pretrained") if method in fits}
-    figure = Figure(figsize=(14, 1 + 3 * len(fits)), layout="constrained")
+    figure = report.new_figure(14, 1 + 3 * len(fits))
     panels = figure.subplots(max(1, len(fits)), 4, sharex=True, sharey="col", squeeze=False)
     for row, (method, (state, lr)) in zip(panels, fits.items(), strict=False):
         for column, axes in enumerate(row):

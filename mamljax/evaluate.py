@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
-from scipy import stats
+from scipy.special import stdtrit
 
 from mamljax.checks import check_count
 from mamljax.devices import divide, num_shares
@@ -84,7 +84,7 @@ def mean_and_ci95(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     values = np.asarray(values, np.float64)
     seeds = len(values)
     mean = values.mean(axis=(0, 1))
-    samples, quantile = (values[0], 1.96) if seeds == 1 else (values.mean(axis=1), stats.t.ppf(0.975, seeds - 1))
+    samples, quantile = (values[0], 1.96) if seeds == 1 else (values.mean(axis=1), stdtrit(seeds - 1, 0.975))
     if len(samples) == 1:
         return mean, np.full_like(mean, np.nan)
     return mean, quantile * samples.std(axis=0, ddof=1) / np.sqrt(len(samples))

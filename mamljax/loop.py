@@ -22,13 +22,15 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_s
     are drawn for several updates at once: a call for each of a few random numbers takes longer than to make them.
     """
 
+    update_state = jax.jit(learner.update)  # traced once, though the shapes of its results are asked for before it is called
+
     def draw(sample: SampleFn, keys: Array) -> PyTree:
         return jax.vmap(jax.vmap(sample))(keys)
 
     def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
         tasks = jax.eval_shape(jax.vmap(sample), jax.random.split(key, num_tasks))
         ahead = _num_drawn_ahead(tasks, length)
-        log = _empty_log(jax.eval_shape(learner.update, key, state, tasks)[1], length)
+        log = _empty_log(jax.eval_shape(update_state, key, state, tasks)[1], length)
 
         def block(number: Array, carry: tuple) -> tuple:
             """Those of `ahead` updates that belong to this call."""
@@ -39,7 +41,7 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_s
             def update(t: Array, carry: tuple) -> tuple:
                 state, log = carry
                 its_tasks = jax.tree.map(lambda leaf: leaf[:, t - first], tasks)
-                state, metrics = learner.update(update_keys[t - first], state, its_tasks)
+                state, metrics = update_state(update_keys[t - first], state, its_tasks)
                 return state, jax.tree.map(lambda values, value: values.at[t - start].set(value), log, metrics)
 
             return lax.fori_loop(jnp.maximum(start, first), jnp.minimum(stop, first + ahead), update, carry)

@@ -4,14 +4,18 @@ A Haiku or Equinox network comes in the same way, in two lines of its own: see t
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
-from flax import linen, nnx
+from flax import linen
 from jax import Array, lax
 
 from mamljax.checks import check_count
 from mamljax.types import Model, PyTree
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 
 class MLP(linen.Module):
@@ -229,7 +233,7 @@ def from_linen(module: linen.Module, x: Array) -> Model:
     )
 
 
-def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
+def from_nnx(build: "Callable[[nnx.Rngs], nnx.Module]") -> Model:
     """Make a model of a Flax NNX module.
 
     Args:
@@ -242,10 +246,13 @@ def from_nnx(build: Callable[[nnx.Rngs], nnx.Module]) -> Model:
     Raises:
         ValueError: the module has variables of other types.
 
+    >>> from flax import nnx
     >>> model = from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
     >>> model.apply(model.init(jax.random.key(0)), jnp.ones((5, 3))).shape
     (5, 2)
     """
+    from flax import nnx  # takes a third of a second, which those who need it not should not wait for
+
     graph, shapes, rest = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
     others = {type(variable).__name__ for variable in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))}
     if others:

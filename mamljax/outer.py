@@ -57,7 +57,8 @@ def meta_learner(
         def meta_loss(params: PyTree, data: PyTree = data) -> Array:
             return jax.vmap(task_loss, in_axes=(None, 0))(params, data).mean()
 
-        mean = partial(_mean_over_chunks, jax.value_and_grad(meta_loss), chunk_size)
+        # jit has it traced once, though the shapes of its results are asked for before it is called.
+        mean = partial(_mean_over_chunks, jax.jit(jax.value_and_grad(meta_loss)), chunk_size)
         loss, grads = mean_over_devices(mean, state.params, data)
         updates, opt = tx.update(grads, state.opt, state.params, value=loss, grad=grads, value_fn=meta_loss)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}

@@ -12,13 +12,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
 from mamljax.files import write_atomically
 from mamljax.record import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PACKAGES = ("mamljax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -149,6 +152,16 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of so many inches, for which there need not be a display.
+
+    Matplotlib is imported here, when something is drawn: that takes as long as importing JAX.
+    """
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def learning_curves(results: Mapping[str, Any], path: Path) -> None:
     """Draw metrics against adaptation steps, settings across and metrics down, with bands of 95 % confidence.
 
@@ -158,13 +171,11 @@ def learning_curves(results: Mapping[str, Any], path: Path) -> None:
         results: as `read_results` returns them; nothing is drawn if they have no rows.
         path: where to write the figure.
     """
-    from matplotlib.figure import Figure
-
     rows = results["rows"]
     if not rows:
         return
     settings, metrics, methods = (list(dict.fromkeys(names)) for names in zip(*map(_group, rows), strict=True))
-    figure = Figure(figsize=(1 + 4 * len(settings), 1 + 3 * len(metrics)), layout="constrained")
+    figure = new_figure(1 + 4 * len(settings), 1 + 3 * len(metrics))
     panels = figure.subplots(len(metrics), len(settings), sharex=True, sharey="row", squeeze=False)
     for metric, line in zip(metrics, panels, strict=True):
         means = [row.mean for row in rows if row.metric == metric and row.mean is not None]
@@ -188,13 +199,11 @@ def training_curves(directories: Mapping[str, Path], path: Path) -> None:
         directories: where the `metrics.jsonl` of each method lies.
         path: where to write the figure; none is drawn if there is nothing to draw.
     """
-    from matplotlib.figure import Figure
-
     logs = {method: read_metrics(directory / "metrics.jsonl") for method, directory in directories.items()}
     names = [name for name in ("loss", "validation_error") if any(name in line for log in logs.values() for line in log)]
     if not names:
         return
-    figure = Figure(figsize=(1 + 5 * len(names), 4), layout="constrained")
+    figure = new_figure(1 + 5 * len(names), 4)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for method, log in logs.items():
             points = [(line["update"], line[name]) for line in log if line.get(name) is not None]

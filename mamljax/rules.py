@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -45,15 +46,22 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
     def total_update(gradient: PyTree, params: PyTree) -> Array:
         return optax.tree.sum(rule.update(gradient, rule.init(params), params)[0])
 
-    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
-    gradient = jax.tree.map(lambda leaf: leaf.ravel().at[0].set(0).reshape(leaf.shape), ones)  # as dead ReLUs leave it
-    derivative = jax.jit(jax.grad(total_update))(gradient, ones)
-    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(derivative)):
+    ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
+    gradient = jax.tree.map(_with_dead_entry, ones)
+    derivative = jax.device_get(jax.jit(jax.grad(total_update))(gradient, ones))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(derivative)):
         raise ValueError(
             "the inner rule has no finite derivative where an entry of the gradient is zero, so meta-gradients would be NaN. "
             "For Adam and its kin pass eps_root=1e-8; or choose differentiation='first_order'."
         )
     return rule
+
+
+def _with_dead_entry(leaf: np.ndarray) -> np.ndarray:
+    """The same but for a first entry of zero, which dead ReLUs leave in a gradient."""
+    leaf = leaf.copy()
+    leaf.flat[:1] = 0
+    return leaf
 
 
 def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.GradientTransformation]:

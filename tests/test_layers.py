@@ -1,6 +1,8 @@
 """The layers of the library: who may import whom, read from the source."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import pytest
 import mamljax
 
 ROOT = Path(mamljax.__file__).parent
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 FOUNDATION = {"types", "checks", "files"}
 ALLOWED = {
     "types": set(),
@@ -56,6 +59,14 @@ def test_only_models_imports_flax(path):
     assert path.name == "models.py" or not any("flax" in ast.unparse(node) for node in imports)
 
 
+@pytest.mark.parametrize("experiment", ["sinusoid", "few_shot", "navigation"])
+def test_an_experiment_begins_without_what_only_a_few_need(experiment):
+    """Some of these packages take longer to import than JAX."""
+    code = f"import sys, {experiment}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], cwd=EXPERIMENTS, capture_output=True, text=True, check=True)
+    assert not {"matplotlib", "scipy.stats", "flax.nnx", "mujoco", "tensorflow"} & set(run.stdout.split())
+
+
 def test_maml_is_read_in_under_500_lines():
-    files = [ROOT / "types.py", ROOT / "inner.py", ROOT / "maml.py", Path(__file__).parents[1] / "experiments" / "sinusoid.py"]
+    files = [ROOT / "types.py", ROOT / "inner.py", ROOT / "maml.py", EXPERIMENTS / "sinusoid.py"]
     assert sum(len(file.read_text().splitlines()) for file in files) < 500
