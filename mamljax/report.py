@@ -262,7 +262,9 @@ def _seconds(row: Row) -> str:
 
 
 def _number(value: float, *, like: float | None = None) -> str:
-    """Three decimals below 10, else one; an interval has as many as the mean it belongs to."""
+    """Three decimals below 10, else one; an interval has as many as its mean. Rounding errors are in powers of ten."""
+    if like is None and 0 < abs(value) < 1e-4:
+        return f"{value:.1e}"
     return f"{value:.3f}" if abs(value if like is None else like) < 10 else f"{value:.1f}"
 
 

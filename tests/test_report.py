@@ -92,10 +92,10 @@ def test_long_tables_show_the_ends_and_what_was_published():
 
 def test_a_benchmark_trains_nothing():
     row = Row("mixed", "10 points", "median of 7", "ms", 1, 2.0, None, 25, seeds=0, meta_updates=0)
-    text = markdown(
-        {"experiment": "x", "environment": {"device": "", "versions": {}, "git": ""}, "seconds": 1.0, "rows": [row]}
-    )
+    results = {"experiment": "x", "environment": {"device": "", "versions": {}, "git": ""}, "seconds": 1.0, "rows": [row]}
+    text = markdown(results)
     assert "| method | 1 |\n|---|---|\n| mixed | 2.000 |\n\nmedian of 7." in text
+    assert "| mixed | 2.5e-12 |" in markdown({**results, "rows": [row._replace(mean=2.5e-12)]})
 
 
 def test_figure(path, tmp_path):
