@@ -6,7 +6,8 @@ over tasks, `torch.func`, `torch.compile` of that, `higher` and TorchOpt. First 
 same weights and tasks. The images are noise: neither depends on them. The library runs its meta-updates in a compiled loop, as
 `fit` does; the tasks are fixed on both sides.
 
-Each uses as many threads as this process may use cores: `taskset -c 0 python benchmarks/peers.py` measures on one.
+Each uses as many threads as this process may use cores: `taskset -c 0 python benchmarks/peers.py` measures on one. Of several
+cores XLA makes little use within one small product, so the library divides the tasks among as many simulated devices.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from jax import Array, lax
 from problems import META_LR, PROBLEMS, Name, Problem, build_learner, weights_and_tasks
 
 from mamljax import report
+from mamljax.devices import BY_TASK, on, place, task_mesh
 from mamljax.inner import Differentiation
 from mamljax.types import PyTree, State, Task
 
@@ -55,6 +57,9 @@ class Options:
     """Tasks that the library differentiates at a time, a divisor of --num-tasks."""
     differentiation: Literal["mixed", "reverse"] | None = None
     """How the library differentiates through adaptation; both are exact."""
+    devices: int | None = None
+    """Simulated devices among which the library divides the tasks, if it is given images; by default as many as there are cores
+    and divide --num-tasks."""
     compile_seconds: float = 300.0
     """Time that `torch.compile` may take for each program, before it is left out; 0 leaves it out at once."""
     repeats: int = 7
@@ -75,14 +80,23 @@ def problems_of(options: Options) -> list[Problem]:
     """The problems, with what the options change of them."""
     names = ("num_tasks", "width", "chunk_size", "differentiation")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
-    return [PROBLEMS[name]._replace(**changes) for name in options.problem]
+    problems = [PROBLEMS[name]._replace(**changes) for name in options.problem]
+    return [problem._replace(devices=_devices(problem, options.devices)) for problem in problems]
+
+
+def _devices(problem: Problem, wanted: int | None) -> int:
+    """Among how many devices to divide the tasks of a problem; sinusoids are too little work to divide."""
+    if wanted is not None or not problem.image:
+        return wanted if problem.image else 1
+    return max(number for number in range(1, _threads() + 1) if problem.num_tasks % number == 0)
 
 
 def by_library(problem: Problem, params: PyTree, tasks: Task, differentiation: Differentiation) -> Method:
     """With the library."""
     learner, key = build_learner(problem, differentiation), jax.random.key(0)
-    params, tasks = jax.device_put((params, tasks))
-    state = State(params, optax.adam(META_LR).init(params))
+    mesh = task_mesh(problem.devices) if problem.devices > 1 else None
+    state = place(State(params, optax.adam(META_LR).init(params)), mesh)
+    tasks = place(tasks, mesh, BY_TASK)
 
     @jax.jit
     def run(state: State, tasks: Task, count: int) -> tuple[State, Array]:
@@ -94,7 +108,8 @@ def by_library(problem: Problem, params: PyTree, tasks: Task, differentiation: D
 
     def update(count: int) -> Array:
         nonlocal state
-        state, loss = jax.block_until_ready(run(state, tasks, count))
+        with on(mesh):
+            state, loss = jax.block_until_ready(run(state, tasks, count))
         return loss
 
     return Method(update, lambda: _named(optax.tree.get(state.opt, "mu")), problem.updates)
@@ -182,7 +197,8 @@ def check_both_precisions(problem: Problem, peers: Sequence[str], *, second_orde
     with jax.enable_x64(True):
         eager = [name for name in peers if name != "torch.compile"]
         check_agreement(methods(problem, *double, eager, **settings), tolerance=1e-9)
-    small = problem._replace(width=min(problem.width, 4), num_tasks=2, chunk_size=problem.chunk_size and 1)
+    size = {"num_tasks": 2, "chunk_size": problem.chunk_size and 1, "devices": min(problem.devices, 2)}
+    small = problem._replace(width=min(problem.width, 4), **size)
     check_agreement(methods(small, *weights_and_tasks(small), peers, **settings), tolerance=1e-4)
 
 
@@ -225,7 +241,9 @@ def compare(problem: Problem, setting: str, methods: Mapping[str, Method], repea
     runs = {name: partial(method.update, method.together) for name, method in methods.items()}
     times = {name: time / methods[name].together for name, time in harness.medians(runs, repeats).items()}
     fastest = min((times[name] for name in PEERS if name in times), default=None)
-    conditions = f"median of {repeats}, {problem.num_tasks} tasks, threads: {_threads()}"
+    conditions = (
+        f"median of {repeats}, {problem.num_tasks} tasks, threads: {_threads()}, devices of the library: {problem.devices}"
+    )
     meaning = "time of the fastest peer divided by that of the method: above 1 is faster than all peers"
     rows = []
     for name, time in times.items():
@@ -261,4 +279,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", _threads())
     sys.exit(main())

@@ -36,6 +36,7 @@ class Problem(NamedTuple):
     differentiation: Differentiation
     chunk_size: int | None
     ways: int = 5
+    devices: int = 1  # among which the tasks are divided
     updates: int = 1  # meta-updates that the library does in one call where a single one is too short to time
 
 

@@ -49,6 +49,25 @@ def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), ours, theirs)
 
 
+def test_second_derivatives_of_pooling_survive_compilation():
+    """A compiled program that calculates the input of pooling twice may round it differently; `max` then loses derivatives."""
+    with jax.enable_x64(True):
+        x = jax.random.uniform(KEY, (5, 20, 20, 3), jnp.float64)
+        model = from_linen(PooledConvNet(5), x)
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(KEY))
+        keys = iter(jax.random.split(KEY, 20))
+        vector = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape, jnp.float64), params)
+
+        def gradient(step):
+            moved = jax.tree.map(lambda leaf, direction: leaf + step * direction, params, vector)
+            return jax.grad(lambda params: cross_entropy(model.apply(params, x), jnp.arange(5)))(moved)
+
+        product = jax.jit(lambda: jax.jvp(gradient, (0.0,), (1.0,))[1])()
+        ahead, behind = (jax.jit(gradient)(step) for step in (1e-8, -1e-8))
+        differences = jax.tree.map(lambda a, b: (a - b) / 2e-8, ahead, behind)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), product, differences)
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (3, 5, 5, 4)])
 def test_normalisation_against_numpy(shape):
     x = 3 + 2 * jax.random.normal(KEY, shape)
