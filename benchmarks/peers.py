@@ -199,6 +199,7 @@ def check_both_precisions(problem: Problem, peers: Sequence[str], *, second_orde
         check_agreement(methods(problem, *double, eager, **settings), tolerance=1e-9)
     size = {"num_tasks": 2, "chunk_size": problem.chunk_size and 1, "devices": min(problem.devices, 2)}
     size |= {"image": problem.image and (28, 28, problem.image[2]), "queries": min(problem.queries, 2)}
+    size |= {"inner_steps": min(problem.inner_steps, 2)}
     small = problem._replace(width=min(problem.width, 4), **size)
     check_agreement(methods(small, *weights_and_tasks(small), peers, **settings), tolerance=1e-4)
 
