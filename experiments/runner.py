@@ -207,7 +207,8 @@ def main(
             raise
         lost = f"error: another process was lost ({str(error).splitlines()[0]})"
         print(f"{lost}. Start all of them again: the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 2
+        sys.stderr.flush()
+        os._exit(2)  # by the usual way JAX would wait for the lost one, and then abort with a trace of its own
     except (ValueError, CheckpointError, DataError, DivergenceError, report.ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
