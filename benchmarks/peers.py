@@ -86,15 +86,20 @@ def problems_of(options: Options) -> list[Problem]:
 
 def _devices(problem: Problem, wanted: int | None) -> int:
     """Among how many devices to divide the tasks of a problem; sinusoids are too little work to divide."""
-    if wanted is not None or not problem.image:
-        return wanted if problem.image else 1
-    return max(number for number in range(1, _threads() + 1) if problem.num_tasks % number == 0)
+    if not problem.image:
+        return 1
+    if wanted is None:
+        return max(number for number in range(1, _threads() + 1) if problem.num_tasks % number == 0)
+    if wanted < 1 or problem.num_tasks % wanted:
+        raise ValueError(f"--devices must divide the {problem.num_tasks} tasks of {problem.name}, got {wanted}.")
+    return wanted
 
 
 def by_library(problem: Problem, params: PyTree, tasks: Task, differentiation: Differentiation) -> Method:
     """With the library."""
     learner, key = build_learner(problem, differentiation), jax.random.key(0)
     mesh = task_mesh(problem.devices) if problem.devices > 1 else None
+    params, tasks = jax.device_put((params, tasks))
     state = place(State(params, optax.adam(META_LR).init(params)), mesh)
     tasks = place(tasks, mesh, BY_TASK)
 
