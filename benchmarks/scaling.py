@@ -4,8 +4,8 @@
 devices, and reports the time of a meta-update, the collective operations in the compiled program, and how far the parameters
 are from those of one device. On a CPU the devices are simulated: there no more than its cores can bring anything.
 
-Programs for other numbers of devices round differently, and training enlarges that, probably by ReLUs whose input is zero but for
-rounding. So `--dtype float64` is what shows after many meta-updates that nothing else differs.
+Programs for other numbers of devices round differently, and training enlarges that, probably by ReLUs whose input is zero but
+for rounding. So `--dtype float64` is what shows after many meta-updates that nothing else differs.
 """
 
 import dataclasses
