@@ -10,6 +10,7 @@ import pytest
 from flax import linen
 from jax import lax
 
+from mamljax import models
 from mamljax.inner import adapt
 from mamljax.losses import cross_entropy
 from mamljax.models import BatchStatNorm, FullyConnectedNet, PatchConv, PooledConvNet, StridedConvNet, from_linen
@@ -24,12 +25,20 @@ def reference_conv(params, x, stride):
     return y + bias[None, None, None]
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("size", [(7, 7), (8, 8), (5, 6), (1, 1)])
-def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives(stride, size):
+SIZES = ((7, 7), (8, 8), (5, 6), (1, 1))
+AT_ONCE = [(stride, size, 2, 2) for stride in (1, 2) for size in SIZES]
+IN_PIECES = [(1, (4, 4), 9, 2), (2, (4, 4), 10, 2)]
+
+
+@pytest.mark.parametrize(("stride", "size", "images", "images_at_a_time"), AT_ONCE + IN_PIECES)
+def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives(
+    stride, size, images, images_at_a_time, monkeypatch
+):
+    patches_of_one = 9 * size[0] * size[1] * 3 * 8 // stride**2
+    monkeypatch.setattr(models, "PIECE", images_at_a_time * patches_of_one)
     with jax.enable_x64(True):
         keys = jax.random.split(KEY, 3)
-        x = jax.random.normal(keys[0], (2, *size, 3), jnp.float64)
+        x = jax.random.normal(keys[0], (images, *size, 3), jnp.float64)
         conv = PatchConv(4, stride=stride)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), conv.init(keys[1], x))
         params["params"]["bias"] += jnp.arange(4.0)
@@ -44,6 +53,7 @@ def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives
             second = jax.grad(lambda *args: sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(gradient(*args))), (0, 1))
             return apply(params, x), first, second(params, x)
 
+        assert ("scan" in str(jax.make_jaxpr(conv.apply)(params, x))) == (images > 4 * images_at_a_time)
         ours = jax.jit(results, static_argnums=0)(conv.apply)
         theirs = jax.jit(results, static_argnums=0)(lambda params, x: reference_conv(params, x, stride))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), ours, theirs)

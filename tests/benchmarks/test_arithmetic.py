@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from mamljax import models
 from mamljax.models import PatchConv, from_linen
 
 SQUARE = arithmetic.Product(1, 8, 8, 8)
@@ -53,6 +54,18 @@ def test_without_loops_it_is_about_what_xla_counts():
     counted = arithmetic.flops(arithmetic.products(gradient, params))
     assert counted == 2 * 2 * (4 * 8 * 8) * (9 * 16) * 32
     assert jax.jit(gradient).lower(params).compile().cost_analysis()["flops"] == pytest.approx(counted, rel=0.05)
+
+
+def test_a_convolution_in_pieces_multiplies_no_more(monkeypatch):
+    """Patches are made again for the gradients, products are not."""
+    model = from_linen(PatchConv(32), jnp.zeros((1, 8, 8, 16)))
+    params, x = model.init(jax.random.key(0)), jnp.ones((10, 8, 8, 16))
+    gradient = jax.grad(lambda params, x: (model.apply(params, x) ** 2).sum(), (0, 1))
+    whole = arithmetic.products(gradient, params, x)
+    monkeypatch.setattr(models, "PIECE", 1)
+    in_pieces = arithmetic.products(lambda *args: gradient(*args), params, x)
+    assert in_pieces != whole
+    assert arithmetic.flops(in_pieces) == arithmetic.flops(whole)
 
 
 def test_rate_of_a_longer_program_is_about_the_same():
