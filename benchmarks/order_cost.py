@@ -3,7 +3,7 @@
 `python benchmarks/order_cost.py` compares four ways to differentiate through the inner loop: first order; and, all exact, mixed
 mode, reverse mode, and reverse mode that keeps nothing of a forward pass but computes it again (rematerialised, which is
 `jax.checkpoint`, twice, around the network). On sinusoids with the paper's network, and on small images; against the number of
-inner steps, and, one at a time, the width of the network, the ways and the shots.
+inner steps, and, one at a time, the width of the network, the ways and the shots. And on miniImageNet as its experiment has it.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import problems
 
 from mamljax import report
 from mamljax.losses import cross_entropy, mse
@@ -36,8 +37,9 @@ INNER_LR = 0.001  # so small that 50 steps do not diverge
 class Options:
     """Time, arithmetic and memory of a meta-gradient, second order against first order."""
 
-    problem: tuple[Literal["sinusoid", "images"], ...] = ("sinusoid", "images")
-    """Sinusoid regression, or few-shot images with the Omniglot network."""
+    problem: tuple[Literal["sinusoid", "images", "miniimagenet-5w1s"], ...] = ("sinusoid", "images", "miniimagenet-5w1s")
+    """Sinusoid regression, few-shot images with the Omniglot network, or miniImageNet with the sizes and the inner steps of
+    its experiment. The sizes below are those of the first two."""
     inner_steps: tuple[int, ...] = (1, 5, 20, 50)
     """Numbers of inner steps to measure."""
     widths: tuple[int, ...] = (40, 160)
@@ -73,6 +75,8 @@ class Setting(NamedTuple):
     model: Model
     loss_fn: LossFn
     tasks: Task  # [B]
+    inner_steps: tuple[int, ...]
+    chunk_size: int | None = None
 
 
 class Program(NamedTuple):
@@ -91,6 +95,8 @@ def settings(options: Options) -> Iterator[Setting]:
     if "images" in options.problem:
         for filters, ways, shots in _one_at_a_time(options.filters, options.ways, options.shots):
             yield _images(options, filters, ways, shots)
+    if "miniimagenet-5w1s" in options.problem:
+        yield _experiment("miniimagenet-5w1s")
 
 
 def _one_at_a_time(*choices: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -104,7 +110,7 @@ def _one_at_a_time(*choices: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 def _sinusoids(options: Options, width: int, points: int) -> Setting:
     model = mlp(1, (width, width), 1, kernel_init=jax.nn.initializers.lecun_normal())
     tasks = jax.vmap(sinusoid(shots=points, queries=10))(jax.random.split(jax.random.key(0), options.num_tasks))
-    return Setting(f"sinusoid, {points} support points, width {width}", model, mse, tasks)
+    return Setting(f"sinusoid, {points} support points, width {width}", model, mse, tasks, options.inner_steps)
 
 
 def _images(options: Options, filters: int, ways: int, shots: int) -> Setting:
@@ -112,7 +118,14 @@ def _images(options: Options, filters: int, ways: int, shots: int) -> Setting:
     model = from_linen(StridedConvNet(ways, filters), jnp.zeros((1, size, size, 1)))
     shape = (options.num_episodes, ways, 2 * shots, size, size, 1)
     tasks = jax.vmap(lambda images: as_task(images, shots=shots))(np.random.default_rng(0).integers(0, 256, shape, np.uint8))
-    return Setting(f"images, {ways}-way {shots}-shot, {filters} filters", model, cross_entropy, tasks)
+    name = f"images, {ways}-way {shots}-shot, {filters} filters"
+    return Setting(name, model, cross_entropy, tasks, options.inner_steps)
+
+
+def _experiment(name: problems.Name) -> Setting:
+    problem = problems.PROBLEMS[name]
+    model, (_, tasks) = problems.build_model(problem), problems.weights_and_tasks(problem)
+    return Setting(name, model, problems.loss_of(problem), tasks, (problem.inner_steps,), problem.chunk_size)
 
 
 def program(mode: str, setting: Setting, steps: int, limit: float) -> Program:
@@ -136,6 +149,7 @@ def program(mode: str, setting: Setting, steps: int, limit: float) -> Program:
         eval_steps=1,
         tx=optax.identity(),
         differentiation=differentiation,
+        chunk_size=setting.chunk_size,
     )
     key = jax.random.key(0)
     state = State(jax.jit(setting.model.init)(key), optax.EmptyState())
@@ -153,7 +167,7 @@ def measure(options: Options) -> list[report.Row]:
     """Rows of every setting."""
     rows = []
     for setting in settings(options):
-        for steps in options.inner_steps:
+        for steps in setting.inner_steps:
             rows += compare(options, setting, steps)
             print(f"{setting.name}, {steps} inner steps: done", file=sys.stderr)
     return rows

@@ -33,7 +33,8 @@ def test_settings_change_one_thing_at_a_time():
     options = order_cost.Options(widths=(4, 8), points=(5, 6), ways=(2,), shots=(1, 3), filters=(2, 4), **sizes)
     names = [setting.name for setting in order_cost.settings(options)]
     assert names[:3] == [f"sinusoid, {points} support points, width {width}" for points, width in ((5, 4), (5, 8), (6, 4))]
-    assert names[3:] == [f"images, 2-way {shots}-shot, {filters} filters" for shots, filters in ((1, 2), (1, 4), (3, 2))]
+    assert names[3:-1] == [f"images, 2-way {shots}-shot, {filters} filters" for shots, filters in ((1, 2), (1, 4), (3, 2))]
+    assert names[-1] == "miniimagenet-5w1s"
 
 
 def test_the_rematerialised_gradient_is_that_of_reverse_mode():
