@@ -65,6 +65,8 @@ class Options(runner.Options):
     """TRPO: conjugate gradient iterations."""
     hvp: HessianVectorProduct = "exact"
     """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
+    curvature_trajectories: int | None = None
+    """TRPO: how many of the K trajectories exact Hessian-vector products are of; by default all. Fewer are faster."""
     meta_lr: float = 0.001
     """Adam: step size."""
     chunk_size: int = 1
@@ -160,6 +162,7 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
         tx=outer_optimiser(options),
         differentiation="first_order" if method == "fomaml" else "reverse",
         chunk_size=options.chunk_size,
+        curvature_trajectories=options.curvature_trajectories,
     )
 
 
