@@ -4,11 +4,13 @@ A benchmark is a dataclass of options, among them `repeats` and `out`, and a fun
 """
 
 import dataclasses
+import os
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,12 @@ def milliseconds(run: Callable[[], object], at_least: float = 0.02) -> float:
         jax.block_until_ready(run())
         calls += 1
     return 1e3 * (time.perf_counter() - started) / calls
+
+
+@cache
+def cores() -> int:
+    """Cores that this process might use when it was first asked, and therefore threads of JAX."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def free_megabytes() -> float:

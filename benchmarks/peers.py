@@ -13,11 +13,10 @@ cores XLA makes little use within one small product, so the library divides the 
 import contextlib
 import dataclasses
 import importlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -89,7 +88,7 @@ def _devices(problem: Problem, wanted: int | None) -> int:
     if not problem.image:
         return 1
     if wanted is None:
-        return max(number for number in range(1, _threads() + 1) if problem.num_tasks % number == 0)
+        return max(number for number in range(1, harness.cores() + 1) if problem.num_tasks % number == 0)
     if wanted < 1 or problem.num_tasks % wanted:
         raise ValueError(f"--devices must divide the {problem.num_tasks} tasks of {problem.name}, got {wanted}.")
     return wanted
@@ -126,7 +125,7 @@ def by_peer(name: str, problem: Problem, params: PyTree, tasks: Task, *, second_
     import torch_maml
     import torch_packages
 
-    torch.set_num_threads(_threads())
+    torch.set_num_threads(harness.cores())
     style = (torch_maml.STYLES | {"higher": torch_packages.by_higher, "TorchOpt": torch_packages.by_torchopt})[name]
     arithmetic = torch_maml.Arithmetic(
         torch_maml.NETWORKS[problem.network],
@@ -231,7 +230,7 @@ def measure(options: Options) -> list[report.Row]:
         raise ValueError(f"this benchmark is for the CPU, but JAX runs on the {backend}. Set JAX_PLATFORMS=cpu.")
     if not options.compile_seconds >= 0:
         raise ValueError(f"--compile-seconds must be at least 0, got {options.compile_seconds}.")
-    _threads()  # now, before anything can change it
+    harness.cores()  # now, before anything can change it
     rows, peers = [], available(options.compile_seconds)
     for problem in problems_of(options):
         for order in ("second", "first"):
@@ -249,7 +248,7 @@ def compare(problem: Problem, setting: str, methods: Mapping[str, Method], repea
     times = {name: time / methods[name].together for name, time in harness.medians(runs, repeats).items()}
     fastest = min((times[name] for name in PEERS if name in times), default=None)
     conditions = (
-        f"median of {repeats}, {problem.num_tasks} tasks, threads: {_threads()}, devices of the library: {problem.devices}"
+        f"median of {repeats}, {problem.num_tasks} tasks, threads: {harness.cores()}, devices of the library: {problem.devices}"
     )
     meaning = "time of the fastest peer divided by that of the method: above 1 is faster than all peers"
     rows = []
@@ -274,17 +273,11 @@ def _distance(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray] | None = 
     return float(np.sqrt(sum(np.sum((value - (b[name] if b else 0)) ** 2) for name, value in a.items())))
 
 
-@cache
-def _threads() -> int:
-    """Cores that this process might use when it began, and therefore threads of JAX."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
     return harness.main("peers", Options, measure, argv)
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_num_cpu_devices", _threads())
+    jax.config.update("jax_num_cpu_devices", harness.cores())
     sys.exit(main())

@@ -1,0 +1,119 @@
+"""How long does a meta-update of reinforcement learning take? By the share of the data that TRPO's curvature is of.
+
+`python benchmarks/rl_update.py` times whole meta-updates as the experiments do them: trajectories before and after adaptation,
+the meta-gradient, TRPO with its ten Hessian-vector products, and the line search. Those products are most of the arithmetic,
+and need not be of all trajectories (`maml_rl(curvature_trajectories=...)`). How far the loss still falls then is here too: all
+start from one policy with the same key, and so with the same trajectories.
+
+On a CPU the tasks are divided among as many simulated devices as this process may use cores.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import harness
+import jax
+
+from mamljax import report
+from mamljax.devices import BY_TASK, on, place, task_mesh
+from mamljax.models import gaussian_policy
+from mamljax.rl.collect import collector
+from mamljax.rl.environment import Environment
+from mamljax.rl.locomotion import locomotion
+from mamljax.rl.maml_rl import maml_rl
+from mamljax.rl.navigation import navigation
+from mamljax.rl.trpo import trpo
+from mamljax.types import Metrics
+
+Name = Literal["navigation", "half_cheetah_velocity", "half_cheetah_direction", "ant_velocity", "ant_direction"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Time of a meta-update of reinforcement learning."""
+
+    tasks: tuple[Name, ...] = ("navigation", "half_cheetah_velocity")
+    """Environments."""
+    curvature_trajectories: tuple[int, ...] = (20, 10, 5, 2)
+    """How many trajectories of each task the Hessian-vector products are of."""
+    trajectories: int = 20
+    """Trajectories of each task, before and again after adaptation."""
+    num_tasks: int | None = None
+    """Tasks of a meta-batch; by default 20 for navigation and 40 for the others, as in the paper."""
+    horizon: int | None = None
+    """Environment steps of a trajectory; by default 100 and 200."""
+    devices: int | None = None
+    """Devices among which the tasks are divided; by default as many as divide them, of those there are."""
+    repeats: int = 3
+    """Measurements, of which the median counts; all take turns."""
+    out: Path = Path("out/rl_update")
+    """Directory for results.json, report.md and the figure."""
+
+
+def build_update(
+    environment: Environment, *, curvature: int, num_tasks: int, trajectories: int, horizon: int, devices: int
+) -> Callable[[], Metrics]:
+    """Compile the first meta-update of a policy; returns what does it again and again."""
+    policy = gaussian_policy(environment.observation_size, environment.action_size)
+    collect = collector(policy, environment, horizon=horizon, trajectories=trajectories)
+    learner = maml_rl(
+        policy,
+        collect,
+        rule=0.1,
+        inner_steps=1,
+        eval_steps=1,
+        tx=trpo(0.01),
+        differentiation="reverse",
+        chunk_size=1,
+        curvature_trajectories=curvature,
+    )
+    mesh = task_mesh(devices) if devices > 1 else None
+    key = jax.random.key(0)
+    tasks = jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
+    placed = (*place((key, learner.init(key)), mesh), place(tasks, mesh, BY_TASK))
+    with on(mesh):
+        compiled = jax.jit(learner.update).lower(*placed).compile()
+    return lambda: compiled(*placed)[1]
+
+
+def measure(options: Options) -> list[report.Row]:
+    """Rows of each environment and share: seconds, and how far the loss falls."""
+    rows = []
+    for name in options.tasks:
+        sizes = {"num_tasks": 20, "horizon": 100} if name == "navigation" else {"num_tasks": 40, "horizon": 200}
+        sizes |= {size: getattr(options, size) for size in sizes if getattr(options, size) is not None}
+        devices = options.devices or max(n for n in range(1, jax.device_count() + 1) if sizes["num_tasks"] % n == 0)
+        sizes |= {"trajectories": options.trajectories, "devices": devices}
+        environment = navigation() if name == "navigation" else locomotion(name)
+        runs = {
+            f"curvature of {curvature} of {options.trajectories} trajectories": build_update(
+                environment, curvature=curvature, **sizes
+            )
+            for curvature in options.curvature_trajectories
+        }
+        conditions = (
+            f"median of {options.repeats}, {sizes['num_tasks']} tasks, horizon {sizes['horizon']}, "
+            f"{harness.cores()} cores, {devices} devices"
+        )
+        for method, milliseconds in harness.medians(runs, options.repeats).items():
+            shared = {"method": method, "setting": name, "step": 1, "tasks": sizes["num_tasks"], **harness.UNTRAINED}
+            rows.append(report.Row(metric="seconds per meta-update", mean=milliseconds / 1e3, protocol=conditions, **shared))
+            gain = -float(runs[method]()["surrogate"])
+            rows.append(
+                report.Row(metric="fall of the loss in the first meta-update", mean=gain, protocol=conditions, **shared)
+            )
+        print(f"{name}: done", file=sys.stderr)
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit code."""
+    return harness.main("rl_update", Options, measure, argv)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_num_cpu_devices", harness.cores())
+    sys.exit(main())

@@ -1,0 +1,29 @@
+"""The benchmark of reinforcement learning's meta-updates at tiny size."""
+
+import pytest
+import rl_update
+
+from mamljax import report
+
+TINY = ["--tasks", "navigation", "--num-tasks", "2", "--trajectories", "3", "--horizon", "2", "--repeats", "1"]
+
+
+def test_writes_time_and_gain_of_each_share(tmp_path):
+    assert rl_update.main([*TINY, "--curvature-trajectories", "3", "1", "--devices", "1", "--out", str(tmp_path)]) == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    of_all, of_one = ({row.metric: row.mean for row in rows if f"of {count} of 3" in row.method} for count in (3, 1))
+    assert of_all.keys() == of_one.keys() == {"seconds per meta-update", "fall of the loss in the meta-update"}
+    assert of_all["seconds per meta-update"] > 0
+    assert of_all["fall of the loss in the meta-update"] != of_one["fall of the loss in the meta-update"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--curvature-trajectories", "4"], "curvature_trajectories is 4, but a batch has 3"),
+        (["--devices", "99"], "99"),
+    ],
+)
+def test_bad_options(tmp_path, capsys, arguments, message):
+    assert rl_update.main([*TINY, *arguments, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
