@@ -101,9 +101,9 @@ def measure(options: Options) -> list[report.Row]:
         for method, milliseconds in harness.medians(runs, options.repeats).items():
             shared = {"method": method, "setting": name, "step": 1, "tasks": sizes["num_tasks"], **harness.UNTRAINED}
             rows.append(report.Row(metric="seconds per meta-update", mean=milliseconds / 1e3, protocol=conditions, **shared))
-            gain = -float(runs[method]()["surrogate"])
+            fall = -float(runs[method]()["surrogate"])
             rows.append(
-                report.Row(metric="fall of the loss in the first meta-update", mean=gain, protocol=conditions, **shared)
+                report.Row(metric="fall of the loss in the first meta-update", mean=fall, protocol=conditions, **shared)
             )
         print(f"{name}: done", file=sys.stderr)
     return rows

@@ -14,7 +14,7 @@ def test_writes_time_and_gain_of_each_share(tmp_path):
     of_all, of_one = ({row.metric: row.mean for row in rows if f"of {count} of 3" in row.method} for count in (3, 1))
     assert of_all.keys() == of_one.keys() == {"seconds per meta-update", "fall of the loss in the first meta-update"}
     assert of_all["seconds per meta-update"] > 0
-    assert of_all["fall of the loss in the first meta-update"] != of_one["fall of the loss in the meta-update"]
+    assert of_all["fall of the loss in the first meta-update"] != of_one["fall of the loss in the first meta-update"]
 
 
 @pytest.mark.parametrize(
