@@ -124,8 +124,8 @@ class Options(runner.Options):
     differentiation: Literal["mixed", "reverse"] = "reverse"
     """How MAML differentiates through adaptation; both are exact."""
     chunk_size: int = 4
-    """Tasks differentiated or evaluated at a time, a divisor of --num-tasks. The fastest on a CPU whose cache they just fit; on
-    an accelerator take --num-tasks."""
+    """Tasks differentiated or evaluated at a time, a divisor of --num-tasks. The fastest on a CPU whose cache they just fit.
+    With --devices on a CPU take 1, on an accelerator --num-tasks."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Arithmetic of products, where the device has others than float32; parameters are always float32."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
