@@ -21,9 +21,10 @@ import optax
 import problems
 
 from mamljax import report
+from mamljax.image_models import StridedConvNet
 from mamljax.losses import cross_entropy, mse
 from mamljax.maml import maml
-from mamljax.models import StridedConvNet, from_linen, mlp
+from mamljax.models import from_linen, mlp
 from mamljax.rules import all_but
 from mamljax.tasks.images import as_task
 from mamljax.tasks.sinusoid import sinusoid

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mamljax.image_models import PooledConvNet, StridedConvNet
 from mamljax.inner import Differentiation
 from mamljax.losses import cross_entropy, mse
 from mamljax.maml import maml
-from mamljax.models import PooledConvNet, StridedConvNet, from_linen, mlp
+from mamljax.models import from_linen, mlp
 from mamljax.rules import all_but
 from mamljax.tasks.images import as_task
 from mamljax.tasks.sinusoid import sinusoid

@@ -29,7 +29,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from mamljax import models, report
+from mamljax import image_models, models, report
 from mamljax.devices import on, place, take_back, task_mesh
 from mamljax.loop import meta_updates
 from mamljax.losses import cross_entropy
@@ -77,7 +77,7 @@ class Training(NamedTuple):
 def train(mesh: Mesh | None, options: Options) -> Training:
     """Train on random images from a fixed seed."""
     images = np.random.default_rng(0).integers(0, 256, (100, 2, 28, 28, 1), np.uint8)
-    network = models.from_linen(models.StridedConvNet(5, options.filters), jnp.zeros((1, 28, 28, 1)))
+    network = models.from_linen(image_models.StridedConvNet(5, options.filters), jnp.zeros((1, 28, 28, 1)))
     network = with_dtype(network, options.dtype)
     rule, chunk_size = all_but(("shift",), 0.1), options.chunk_size
     # Not Adam: it would make whole steps of the rounding of gradients that are zero, those of biases before normalisation.

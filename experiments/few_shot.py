@@ -18,7 +18,7 @@ import runner
 from jax import Array
 from jax.tree_util import Partial
 
-from mamljax import models, report
+from mamljax import image_models, models, report
 from mamljax.baselines.pretrain import pretrain
 from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
 from mamljax.data.bank import images_of
@@ -276,14 +276,14 @@ def eval_tasks(options: Options) -> int:
 def build_network(options: Options, image: Array, ways: int | None) -> Model:
     """Build the network for images like [1, H, W, C]; without ways, its features alone."""
     norm = functools.partial(
-        models.BatchStatNorm,
+        image_models.BatchStatNorm,
         use_scale=options.norm == "scale_and_shift",
         reference=options.ways * options.shots if options.statistics == "inductive" else None,
     )
     modules = {
-        "strided_conv": models.StridedConvNet(ways, options.filters, norm=norm),
-        "pooled_conv": models.PooledConvNet(ways, options.filters, norm=norm),
-        "fully_connected": models.FullyConnectedNet(ways, norm=norm),
+        "strided_conv": image_models.StridedConvNet(ways, options.filters, norm=norm),
+        "pooled_conv": image_models.PooledConvNet(ways, options.filters, norm=norm),
+        "fully_connected": image_models.FullyConnectedNet(ways, norm=norm),
     }
     return models.from_linen(modules[options.network], image)
 

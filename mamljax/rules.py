@@ -97,7 +97,7 @@ def all_but(frozen: Sequence[str], rule: Rule) -> optax.GradientTransformation:
     """Adapt all parameters but those of the given names, which the outer loop alone learns.
 
     Args:
-        frozen: last parts of parameter paths, ("shift", "scale") for those of `models.BatchStatNorm`.
+        frozen: last parts of parameter paths, ("shift", "scale") for those of `image_models.BatchStatNorm`.
         rule: what the others follow, a step size or an Optax transformation.
 
     Raises:

@@ -9,9 +9,10 @@ import optax
 import pytest
 
 from mamljax.evaluate import evaluate
+from mamljax.image_models import BatchStatNorm, StridedConvNet
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import maml
-from mamljax.models import BatchStatNorm, StridedConvNet, from_linen
+from mamljax.models import from_linen
 from mamljax.rules import all_but
 from mamljax.tasks.images import episodes, inductive
 from mamljax.train import fit

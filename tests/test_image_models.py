@@ -10,10 +10,11 @@ import pytest
 from flax import linen
 from jax import lax
 
-from mamljax import models
+from mamljax import image_models
+from mamljax.image_models import BatchStatNorm, FullyConnectedNet, PatchConv, PooledConvNet, StridedConvNet
 from mamljax.inner import adapt
 from mamljax.losses import cross_entropy
-from mamljax.models import BatchStatNorm, FullyConnectedNet, PatchConv, PooledConvNet, StridedConvNet, from_linen
+from mamljax.models import from_linen
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (5, 28, 28, 1))
@@ -35,7 +36,7 @@ def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives
     stride, size, images, images_at_a_time, monkeypatch
 ):
     patches_of_one = 9 * size[0] * size[1] * 3 * 8 // stride**2
-    monkeypatch.setattr(models, "PIECE", images_at_a_time * patches_of_one)
+    monkeypatch.setattr(image_models, "PIECE", images_at_a_time * patches_of_one)
     with jax.enable_x64(True):
         keys = jax.random.split(KEY, 3)
         x = jax.random.normal(keys[0], (images, *size, 3), jnp.float64)

@@ -221,7 +221,7 @@ def inductive(sample: SampleFn) -> Partial:
     """Put the support images, unlabelled, before the query images, so that the network can normalise by them alone.
 
     Args:
-        sample: of episodes; the network's `models.BatchStatNorm` must have `reference=ways * shots`.
+        sample: of episodes; the network's `image_models.BatchStatNorm` must have `reference=ways * shots`.
 
     Returns:
         The sampler of the same episodes with query sets of x [N * K + N * Q, H, W, C] and y that begins with N * K times -1.

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from mamljax import models
-from mamljax.models import PatchConv, from_linen
+from mamljax import image_models
+from mamljax.image_models import PatchConv
+from mamljax.models import from_linen
 
 SQUARE = arithmetic.Product(1, 8, 8, 8)
 
@@ -62,7 +63,7 @@ def test_a_convolution_in_pieces_multiplies_no_more(monkeypatch):
     params, x = model.init(jax.random.key(0)), jnp.ones((10, 8, 8, 16))
     gradient = jax.grad(lambda params, x: (model.apply(params, x) ** 2).sum(), (0, 1))
     whole = arithmetic.products(gradient, params, x)
-    monkeypatch.setattr(models, "PIECE", 1)
+    monkeypatch.setattr(image_models, "PIECE", 1)
     in_pieces = arithmetic.products(lambda *args: gradient(*args), params, x)
     assert in_pieces != whole
     assert arithmetic.flops(in_pieces) == arithmetic.flops(whole)

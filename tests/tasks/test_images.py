@@ -8,9 +8,10 @@ import numpy as np
 import optax
 import pytest
 
+from mamljax.image_models import FullyConnectedNet
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import maml
-from mamljax.models import FullyConnectedNet, from_linen
+from mamljax.models import from_linen
 from mamljax.tasks.images import HostEpisodes, distinct, episodes, inductive, turn
 from mamljax.train import fit
 
