@@ -4,10 +4,9 @@ All arrays are time first, [T, E], of one trajectory after the other; `ends` is 
 is 0 for steps that do not count, as in `rollout.Trajectories`.
 """
 
-import math
-
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.custom_batching import sequential_vmap
 from jax.scipy.linalg import solve_triangular
 
 
@@ -50,11 +49,17 @@ def linear_baseline(observations: Array, time: Array, returns: Array, mask: Arra
     """
     phi = features(observations, time)
     design = (phi * mask[..., None]).reshape(-1, phi.shape[-1])
+    return phi @ _ridge_regression(design, (returns * mask).reshape(-1), jnp.sqrt(ridge)) * mask
+
+
+# One task after the other: LAPACK divides a batch among the threads of a pool, and waits for them. On a CPU with as many
+# simulated devices as threads, all of which get there at once, none would be left to do the work.
+@sequential_vmap
+def _ridge_regression(design: Array, targets: Array, root: Array) -> Array:
+    """The weights [f] that fit targets [n] by the rows of design [n, f], with the square root of the ridge."""
     # By QR of the matrix with the ridge as further rows: the normal equations of powers of time are too much for float32.
-    penalty = math.sqrt(ridge) * jnp.eye(phi.shape[-1], dtype=phi.dtype)
-    q, r = jnp.linalg.qr(jnp.concatenate([design, penalty]))
-    projected = q[: len(design)].T @ (returns * mask).reshape(-1)
-    return phi @ solve_triangular(r, projected) * mask
+    q, r = jnp.linalg.qr(jnp.concatenate([design, root * jnp.eye(design.shape[1], dtype=design.dtype)]))
+    return solve_triangular(r, q[: len(design)].T @ targets)
 
 
 def generalised_advantages(rewards: Array, values: Array, ends: Array, *, discount: float, gae_lambda: float) -> Array:

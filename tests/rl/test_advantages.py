@@ -1,5 +1,8 @@
 """Returns, baseline and advantages of trajectories worked out by hand, some of which end early."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,3 +97,18 @@ def test_no_step_taken_at_all_is_no_nan():
     nothing = jnp.zeros((3, 2))
     assert (advantages.standardise(REWARDS, nothing) == 0).all()
     assert (advantages.linear_baseline(jnp.ones((3, 2, 1)), TIME, REWARDS, nothing) == 0).all()
+
+
+def test_a_batch_of_tasks_is_fitted_one_after_the_other():
+    """Several devices that give LAPACK a batch each at the same time may wait for each other's threads for ever."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    observations, returns = jax.random.normal(keys[0], (3, 5, 2, 1)), jax.random.normal(keys[1], (3, 5, 2))
+    data = observations, jnp.broadcast_to(jnp.arange(5.0)[None, :, None], (3, 5, 2)), returns, jnp.ones((3, 5, 2))
+    fitted = jax.vmap(advantages.linear_baseline)(*data)
+    for task in range(3):
+        np.testing.assert_allclose(
+            fitted[task], advantages.linear_baseline(*(leaf[task] for leaf in data)), rtol=1e-3, atol=1e-3
+        )
+    program = str(jax.make_jaxpr(jax.vmap(advantages.linear_baseline))(*data))
+    shapes = re.findall(r":f32\[([\d,]+)\] \w+:f32\[[\d,]+\] = qr\[", program)
+    assert shapes == ["16,6"]
