@@ -88,16 +88,16 @@ def bars(results: Mapping[str, Any], path: Path) -> None:
         return
     settings, metrics = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("setting", "metric"))
     most = max(sum((row.setting, row.metric) == (setting, metrics[0]) for row in rows) for setting in settings)
-    figure = report.new_figure(1 + 5 * len(metrics), (1 + 0.3 * most) * len(settings))
+    figure = report.new_figure(1 + 5 * len(metrics), (1.2 + 0.3 * most) * len(settings))
     panels = figure.subplots(len(settings), len(metrics), squeeze=False)
     for setting, line in zip(settings, panels, strict=True):
         for metric, axes in zip(metrics, line, strict=True):
             shown = [row for row in rows if (row.setting, row.metric) == (setting, metric)]
             drawn = axes.barh([row.method for row in shown], [row.mean for row in shown], color="C0")
             axes.bar_label(drawn, fmt="%.4g", padding=3)
-            axes.set_title(f"{setting}: {metric}", fontsize="medium")
+            axes.set_title(f"{setting}\n{metric}", fontsize="medium")
             axes.invert_yaxis()
-            axes.margins(x=0.15)
+            axes.margins(x=0.25)
     figure.savefig(path, dpi=100)
 
 
