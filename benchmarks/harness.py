@@ -133,7 +133,7 @@ def main(
                     check_count("--" + name.replace("_", "-"), item)
         options.out.mkdir(parents=True, exist_ok=True)
         rows = measure(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:  # ImportError: of MuJoCo, with the extra that has it
         print(f"error: {error}", file=sys.stderr)
         return 2
     report.write_results(path, experiment=benchmark, config=config, rows=rows, seconds=time.monotonic() - started)

@@ -1,6 +1,6 @@
 """How long does a meta-update of reinforcement learning take? By the share of the data that TRPO's curvature is of.
 
-`python benchmarks/rl_update.py` times whole meta-updates as the experiments do them: trajectories before and after adaptation,
+`python benchmarks/rl_update.py` times whole meta-updates of the experiments' sizes: trajectories before and after adaptation,
 the meta-gradient, TRPO with its ten Hessian-vector products, and the line search. Those products are most of the arithmetic,
 and need not be of all trajectories (`maml_rl(curvature_trajectories=...)`). How far the loss still falls then is here too: all
 start from one policy with the same key, and so with the same trajectories.

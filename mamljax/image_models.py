@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen
 from jax import Array, lax
 
+PIECE_BYTES = 2**20  # of patches: about what a CPU core has in its cache while it multiplies
+
 
 class BatchStatNorm(linen.Module):
     r"""Normalise each channel by the mean and variance of the examples at hand, and keep no running averages.
@@ -58,10 +60,7 @@ class PatchConv(linen.Module):
             return y.reshape(*patches.shape[:-1], self.features)
 
         patch_bytes = 9 * math.prod(x.shape[1:]) * x.dtype.itemsize // self.stride**2  # of one image
-        return _in_pieces(convolve, x, max(1, PIECE // patch_bytes)) + _channels(bias, 4)
-
-
-PIECE = 2**20  # bytes of patches; about what a CPU core has in its cache while it multiplies
+        return _in_pieces(convolve, x, max(1, PIECE_BYTES // patch_bytes)) + _channels(bias, 4)
 
 
 def _in_pieces(convolve: Callable[[Array], Array], x: Array, at_most: int) -> Array:

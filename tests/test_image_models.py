@@ -36,7 +36,7 @@ def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives
     stride, size, images, images_at_a_time, monkeypatch
 ):
     patches_of_one = 9 * size[0] * size[1] * 3 * 8 // stride**2
-    monkeypatch.setattr(image_models, "PIECE", images_at_a_time * patches_of_one)
+    monkeypatch.setattr(image_models, "PIECE_BYTES", images_at_a_time * patches_of_one)
     with jax.enable_x64(True):
         keys = jax.random.split(KEY, 3)
         x = jax.random.normal(keys[0], (images, *size, 3), jnp.float64)

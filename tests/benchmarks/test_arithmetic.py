@@ -63,7 +63,7 @@ def test_a_convolution_in_pieces_multiplies_no_more(monkeypatch):
     params, x = model.init(jax.random.key(0)), jnp.ones((10, 8, 8, 16))
     gradient = jax.grad(lambda params, x: (model.apply(params, x) ** 2).sum(), (0, 1))
     whole = arithmetic.products(gradient, params, x)
-    monkeypatch.setattr(image_models, "PIECE", 1)
+    monkeypatch.setattr(image_models, "PIECE_BYTES", 1)
     in_pieces = arithmetic.products(lambda *args: gradient(*args), params, x)
     assert in_pieces != whole
     assert arithmetic.flops(in_pieces) == arithmetic.flops(whole)

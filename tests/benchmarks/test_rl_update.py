@@ -27,3 +27,12 @@ def test_writes_time_and_gain_of_each_share(tmp_path):
 def test_bad_options(tmp_path, capsys, arguments, message):
     assert rl_update.main([*TINY, *arguments, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_simulator_is_one_error(tmp_path, capsys, monkeypatch):
+    def locomotion(name):
+        raise ImportError("MuJoCo is not installed")
+
+    monkeypatch.setattr(rl_update, "locomotion", locomotion)
+    assert rl_update.main(["--tasks", "ant_velocity", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "error: MuJoCo is not installed\n"
