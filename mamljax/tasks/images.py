@@ -173,27 +173,27 @@ def _draw(images: Array, counts: Array, key: Array, *, ways: int, shots: int, qu
 
 def draw_indices(key: Array, counts: Array, *, ways: int, per_class: int) -> tuple[tuple[Array, Array], Array]:
     """Draw the classes and images of an episode: index arrays (class [N, 1], image [N, K + Q]), and quarter turns [N]."""
-    class_key, image_key, turn_key = jax.random.split(key, 3)
-    classes = distinct(class_key, jnp.int32(len(counts)), ways)
-    image_keys = jax.random.split(image_key, ways)
-    chosen = jax.vmap(lambda key, total: distinct(key, total, per_class))(image_keys, counts[classes])
-    return (classes[:, None], chosen), jax.random.randint(turn_key, (ways,), 0, 4)
+    bits = jax.random.bits(key, (ways, 2 + per_class))  # all at once: each call takes the compiler a good part of a second
+    classes = distinct(bits[:, 0], jnp.int32(len(counts)))
+    chosen = jax.vmap(distinct)(bits[:, 2:], counts[classes])
+    return (classes[:, None], chosen), (bits[:, 1] % 4).astype(jnp.int32)
 
 
-def distinct(key: Array, total: Array, count: int) -> Array:
-    """Draw `count` different numbers of 0..total-1, in random order: [count] int32.
+def distinct(bits: Array, total: Array) -> Array:
+    """Draw as many different numbers of 0..total-1 as there are random bits [count] uint32, in random order: [count] int32.
 
-    By Floyd's algorithm, whose cost does not grow with `total`, and a shuffle.
+    Each is drawn from those not drawn before, at a cost that does not grow with `total`. None is likelier than another by more
+    than total / 2^32 of its probability.
     """
-    draw_key, order_key = jax.random.split(key)
-    last = total - count + jnp.arange(count, dtype=jnp.int32)
-    draws = jax.random.randint(draw_key, (count,), 0, last + 1, jnp.int32)
+    count = len(bits)
+    draws = (bits % (total - jnp.arange(count)).astype(jnp.uint32)).astype(jnp.int32)
 
     def add(i: Array, chosen: Array) -> Array:
-        return chosen.at[i].set(jnp.where((chosen == draws[i]).any(), last[i], draws[i]))
+        # Of the numbers that are left, as many as its own less its rank lie below a chosen one. It is passed if that is few.
+        ranks = (chosen[None] < chosen[:, None]).sum(1)
+        return chosen.at[i].set(draws[i] + (chosen - ranks <= draws[i]).sum())
 
-    chosen = jax.lax.fori_loop(0, count, add, jnp.full(count, -1, jnp.int32))
-    return jax.random.permutation(order_key, chosen)
+    return jax.lax.fori_loop(0, count, add, jnp.full(count, total + count, jnp.int32))
 
 
 def turn(images: Array, turns: Array) -> Array:

@@ -38,16 +38,17 @@ def sinusoid(
     check_count("queries", queries)
 
     def sample(key: Array) -> Task:
-        amplitude_key, phase_key, support_key, query_key = jax.random.split(key, 4)
-        amplitude = jax.random.uniform(amplitude_key, (), minval=AMPLITUDE[0], maxval=AMPLITUDE[1])
-        phase = jax.random.uniform(phase_key, (), minval=PHASE[0], maxval=PHASE[1])
+        curve_key, points_key = jax.random.split(key)
+        low, high = (jnp.array(bounds) for bounds in zip(AMPLITUDE, PHASE, strict=True))
+        amplitude, phase = jax.random.uniform(curve_key, (2,), minval=low, maxval=high)
+        points = jax.random.uniform(points_key, (shots + queries, 1))
 
-        def examples(key: Array, count: int, interval: tuple[float, float]) -> Examples:
-            x = jax.random.uniform(key, (count, 1), minval=interval[0], maxval=interval[1])
+        def examples(points: Array, interval: tuple[float, float]) -> Examples:
+            x = interval[0] + (interval[1] - interval[0]) * points
             y = amplitude * jnp.sin(x - phase)
             revealed = [jnp.full_like(x, amplitude), jnp.full_like(x, phase)] if reveal else []
             return Examples(jnp.concatenate([x, *revealed], axis=1), y)
 
-        return Task(examples(support_key, shots, support_range), examples(query_key, queries, INPUT))
+        return Task(examples(points[:shots], support_range), examples(points[shots:], INPUT))
 
     return sample
