@@ -85,8 +85,9 @@ def maml_rl(
     def task_loss(params: PyTree, batches: Batch) -> Array:
         return surrogate_loss(_last(batches), actions(params, batches))
 
-    def task_kl(params: PyTree, batches: Batch) -> Array:
-        return divergence(_last(batches), actions(params, batches))
+    def task_loss_and_kl(params: PyTree, batches: Batch) -> tuple[Array, Array]:
+        acted = actions(params, batches)
+        return surrogate_loss(_last(batches), acted), divergence(_last(batches), acted)
 
     def task_kl_product(params: PyTree, vector: PyTree, batches: Batch) -> PyTree:
         batches = _first_trajectories(batches, curvature_trajectories)
@@ -104,18 +105,18 @@ def maml_rl(
             mean = partial(_mean_over_tasks, fn, chunk_size)
             return lambda *args: mean_over_devices(mean, args, batches)
 
-        loss_fn, kl_fn = over_tasks(task_loss), over_tasks(task_kl)
+        loss_and_kl = over_tasks(task_loss_and_kl)
         loss, grads = over_tasks(jax.value_and_grad(task_loss))(state.params)
         updates, opt = tx.update(
             *(grads, state.opt, state.params),
             value=loss,
             grad=grads,
-            value_fn=loss_fn,
-            kl_fn=kl_fn,
+            value_fn=over_tasks(task_loss),
+            value_and_kl_fn=loss_and_kl,
             kl_product=partial(over_tasks(task_kl_product), state.params),
         )
         params = optax.apply_updates(state.params, updates)
-        surrogate, kl = over_tasks(lambda *args: (task_loss(*args), task_kl(*args)))(params)
+        surrogate, kl = loss_and_kl(params)
         metrics = {"surrogate": surrogate, "kl": kl, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=params, opt=opt), {**_summary(batches), **metrics}
 

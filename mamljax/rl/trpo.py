@@ -38,9 +38,9 @@ def trpo(
     conjugate gradients, $H$ the Hessian of the divergence at $\theta$, and $j$ the least number for which the loss falls and
     the divergence is at most $\delta$. The parameters stay as they are if there is none. The defaults are those of the authors.
 
-    `update` needs, beside gradients and parameters, the extra arguments `value` (the loss at `params`), `value_fn` and `kl_fn`,
-    functions of the parameters on one and the same data: the loss, and the divergence from the policy that acted, which is 0
-    at `params`. Exact products of a vector with the Hessian of `kl_fn` at `params` are found by forward-over-reverse
+    `update` needs, beside gradients and parameters, the extra arguments `value` (the loss at `params`) and `value_and_kl_fn`, a
+    function of the parameters on the same data: the loss, and the divergence from the policy that acted, which is 0 at
+    `params`. Exact products of a vector with the Hessian of the divergence at `params` are found by forward-over-reverse
     differentiation, or by the further argument `kl_product`, vector -> product, if there is one that is faster.
 
     Args:
@@ -49,15 +49,15 @@ def trpo(
         cg_steps: conjugate gradient iterations at most.
         backtrack_ratio: beta, the factor between the lengths tried.
         max_backtracks: how many lengths to try.
-        hvp: Hessian-vector products "exact", or by central "finite_differences" of gradients of `kl_fn`, as in the paper.
+        hvp: Hessian-vector products "exact", or by central "finite_differences" of its gradients, as in the paper.
 
     Raises:
         ValueError: a bound, damping or ratio out of range, a count below 1, or an unknown `hvp`.
 
     >>> tx, params = trpo(0.01), jnp.array([1.0, 0.0])
-    >>> value_fn, kl_fn = lambda p: p[0] + 0 * p[1], lambda p: ((p - params) ** 2).sum() / 2
-    >>> value, grads = jax.value_and_grad(value_fn)(params)
-    >>> updates, state = tx.update(grads, tx.init(params), params, value=value, value_fn=value_fn, kl_fn=kl_fn)
+    >>> value_and_kl_fn = lambda p: (p[0], ((p - params) ** 2).sum() / 2)
+    >>> grads = jnp.array([1.0, 0.0])
+    >>> updates, state = tx.update(grads, tx.init(params), params, value=params[0], value_and_kl_fn=value_and_kl_fn)
     >>> round(float(updates[0]), 3)  # to the bound, but for one backtrack that float32 may need: sqrt(2 * 0.01) = 0.141
     -0.141
     """
@@ -80,8 +80,7 @@ def trpo(
         params: PyTree,
         *,
         value: Array,
-        value_fn: Callable[[PyTree], Array],
-        kl_fn: Callable[[PyTree], Array],
+        value_and_kl_fn: Callable[[PyTree], tuple[Array, Array]],
         kl_product: Callable[[PyTree], PyTree] | None = None,
         **extra: PyTree,
     ) -> tuple[PyTree, TrustRegionState]:
@@ -90,16 +89,15 @@ def trpo(
         if hvp == "exact" and kl_product is not None:
             product = lambda vector: ravel_pytree(kl_product(unravel(vector)))[0]  # noqa: E731
         else:
-            product = hessian_vector_product(lambda flat: kl_fn(unravel(flat)), flat, hvp)
+            product = hessian_vector_product(lambda flat: value_and_kl_fn(unravel(flat))[1], flat, hvp)
         direction, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, cg_steps)
         curvature = direction @ (gradient - residual)  # x^T (H + damping) x
         full_step = -jnp.sqrt(2 * max_kl / (curvature + 1e-8)) * direction
 
         def attempt(fraction: Array) -> tuple[Array, Array]:
             """Whether a step of this length may be taken; false for what is not a number. And its divergence."""
-            moved = unravel(flat + fraction * full_step)
-            kl = kl_fn(moved)
-            return (value_fn(moved) < value) & (kl <= max_kl), kl
+            moved_value, kl = value_and_kl_fn(unravel(flat + fraction * full_step))
+            return (moved_value < value) & (kl <= max_kl), kl
 
         fraction, kl = backtrack(attempt, backtrack_ratio, max_backtracks)
         step = jnp.where(fraction > 0, fraction * full_step, 0)

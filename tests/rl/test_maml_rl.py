@@ -214,7 +214,7 @@ def derivatives(differentiation, *, in_other_ways=(), **settings):
         vector = jnp.cos(jnp.arange(flat.size, dtype=jnp.float32))
 
         def kl_fn(flat):
-            return spy.seen["kl_fn"](unravel(flat))
+            return spy.seen["value_and_kl_fn"](unravel(flat))[1]
 
         return {
             "gradient": jax.flatten_util.ravel_pytree(spy.seen["grads"])[0],

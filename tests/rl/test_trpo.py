@@ -27,7 +27,7 @@ def linear_loss(params):
 @functools.partial(jax.jit, static_argnames=("tx", "value_fn", "kl_fn"))
 def step(tx, value_fn, kl_fn=kl_fn):
     value, grads = jax.value_and_grad(value_fn)(START)
-    return tx.update(grads, tx.init(START), START, value=value, value_fn=value_fn, kl_fn=kl_fn)
+    return tx.update(grads, tx.init(START), START, value=value, value_and_kl_fn=lambda p: (value_fn(p), kl_fn(p)))
 
 
 def test_conjugate_gradient_solves_a_known_system():
@@ -74,8 +74,8 @@ def test_a_product_that_the_caller_knows_is_used():
     def with_product(scale):
         value, grads = jax.value_and_grad(linear_loss)(START)
         product = lambda v: jax.tree.map(lambda leaf: scale * leaf, v)  # noqa: E731
-        extra = {"value": value, "value_fn": linear_loss, "kl_fn": kl_fn, "kl_product": product}
-        return trpo(0.01).update(grads, None, START, **extra)[0]
+        both = lambda p: (linear_loss(p), kl_fn(p))  # noqa: E731
+        return trpo(0.01).update(grads, None, START, value=value, value_and_kl_fn=both, kl_product=product)[0]
 
     ratio = with_product(100.0)["b"] / with_product(400.0)["b"]  # steps go with the root of the curvature
     np.testing.assert_allclose(ratio, 2.0, rtol=1e-3)
