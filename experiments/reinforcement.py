@@ -24,6 +24,7 @@ from mamljax.rl.observed import with_task_observed
 from mamljax.rl.trpo import HessianVectorProduct, trpo
 from mamljax.types import MetaLearner, Metrics, Model, State
 
+ADAPTING = ("maml", "fomaml")  # in training already
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
 FIRST = "return of the first of the trajectories in a row"
 METRICS = ("return_of_all", "return", "unstable")
@@ -52,7 +53,7 @@ class Options(runner.Options):
     hidden_sizes: tuple[int, ...] = (100, 100)
     """Units of each hidden layer of the policy."""
     inner_lr: float = 0.1
-    """Step size of adaptation; at test halved after the first step."""
+    """Step size of adaptation, halved after the first step."""
     inner_steps: int = 1
     """Adaptation steps in training."""
     outer: Literal["trpo", "adam"] = "trpo"
@@ -66,7 +67,7 @@ class Options(runner.Options):
     hvp: HessianVectorProduct = "exact"
     """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
     curvature_trajectories: int | None = None
-    """TRPO: how many of the K trajectories exact Hessian-vector products are of; by default all. Fewer are faster."""
+    """TRPO: of how many of the K trajectories exact Hessian-vector products are, at most; by default all. Fewer are faster."""
     meta_lr: float = 0.001
     """Adam: step size."""
     chunk_size: int = 1
@@ -141,9 +142,9 @@ def train(method: Method, options: Options, run: runner.Run, env: Environment) -
         return jax.vmap(learner.init)(run.keys), 0
 
     def validation_error(state: State) -> Array:
-        """Minus the mean return after adaptation."""
+        """Minus the mean return over the steps of adaptation; before any, for methods that do not adapt in training."""
         metrics = evaluate(learner, state, env.sample_task, key=jax.random.key(TUNING_SEED), num_tasks=options.eval_tasks)
-        return -metrics["return"][:, -1].mean()
+        return -metrics["return"][:, int(method in ADAPTING) :].mean()
 
     result = run.train(method, learner, env.sample_task, validate_fn=validation_error)
     return result.state, result.num_updates
@@ -152,13 +153,12 @@ def train(method: Method, options: Options, run: runner.Run, env: Environment) -
 def build_learner(method: Method, options: Options, env: Environment) -> MetaLearner:
     """A method by its name."""
     model, collect = policy_and_collector(options, env, oracle=method == "oracle")
-    adapts = method in ("maml", "fomaml")
     return maml_rl(
         model,
         collect,
-        rule=options.inner_lr,
-        inner_steps=options.inner_steps if adapts else 0,
-        eval_steps=options.inner_steps if adapts else 0,
+        rule=halving_rule(options.inner_lr),
+        inner_steps=options.inner_steps if method in ADAPTING else 0,
+        eval_steps=options.eval_steps if method in ADAPTING else 0,
         tx=outer_optimiser(options),
         differentiation="first_order" if method == "fomaml" else "reverse",
         chunk_size=options.chunk_size,
@@ -229,7 +229,7 @@ def rows_of(
             rows += report.rows_over_steps(*mean_and_ci95(result.first_returns), metric=FIRST, **mine)
         if result.unstable.any():
             rows += report.rows_over_steps(*mean_and_ci95(result.unstable), metric="share of unstable trajectories", **mine)
-        if method in ("maml", "fomaml") and {"pretrained", "oracle"} <= trained.keys():
+        if method in ADAPTING and {"pretrained", "oracle"} <= trained.keys():
             ours = normalised(result.returns, trained["pretrained"].returns, trained["oracle"].returns)
             theirs = normalised_published(method, published)
             beside = {"published": theirs, "source": source}
