@@ -51,6 +51,21 @@ def test_what_never_starts_is_an_error(tmp_path, script, message):
         startup.start((sys.executable, "-c", script), tmp_path, dict(os.environ), timeout=0.5 if "sleep" in script else 30)
 
 
+def test_what_cannot_start_is_left_out(tmp_path, capsys, monkeypatch):
+    def starts_of(name, banks, options):
+        if name == "navigation":
+            raise ValueError("ended with code 2")
+        return {"cold": [startup.Start(1.0, 2.0, 3.0, 2.5, dict.fromkeys(startup.LOGGED, 0.5))]}
+
+    monkeypatch.setattr(startup, "starts_of", starts_of)
+    arguments = ["--out", str(tmp_path), "--experiment", "navigation"]
+    assert startup.main([*arguments, "sinusoid"]) == 0
+    assert {row.setting for row in report.read_results(tmp_path / "results.json")["rows"]} == {"sinusoid"}
+    assert "navigation is left out: ended with code 2" in capsys.readouterr().err
+    assert startup.main(arguments) == 2
+    assert "no experiment has started" in capsys.readouterr().err
+
+
 def test_random_banks_are_what_the_experiments_open(tmp_path):
     startup.make_bank("omniglot-5w1s", tmp_path, images=1)
     startup.make_bank("miniimagenet-5w1s", tmp_path, images=1)
