@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
-from scipy.special import stdtrit
 
 from mamljax.checks import check_count
 from mamljax.devices import divide, num_shares
@@ -81,6 +80,8 @@ def mean_and_ci95(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     >>> float(mean[0]), round(float(ci95[0]), 2)
     (1.0, 1.96)
     """
+    from scipy.special import stdtrit  # takes a quarter of a second, for which no training should wait
+
     values = np.asarray(values, np.float64)
     seeds = len(values)
     mean = values.mean(axis=(0, 1))
