@@ -136,7 +136,7 @@ def run_methods(
 
 
 def train(method: Method, options: Options, run: runner.Run, env: Environment) -> tuple[State, int]:
-    """Train a method from every seed; returns the states [seeds] and the number of meta-updates done."""
+    """Train a method from every seed; returns the best states [seeds] and the number of meta-updates done."""
     learner = build_learner(method, options, env)
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
@@ -147,7 +147,7 @@ def train(method: Method, options: Options, run: runner.Run, env: Environment) -
         return -metrics["return"][:, int(method in ADAPTING) :].mean()
 
     result = run.train(method, learner, env.sample_task, validate_fn=validation_error)
-    return result.state, result.num_updates
+    return result.best, result.num_updates
 
 
 def build_learner(method: Method, options: Options, env: Environment) -> MetaLearner:
