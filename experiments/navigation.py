@@ -46,9 +46,6 @@ class Options(reinforcement.Options):
     out: Path = Path("out/navigation")
     inner_lr: float = 0.5
     """Step size of adaptation, halved after the first step; 0.5 in the authors' code, where the text has 0.1."""
-    curvature_trajectories: int | None = 5
-    """TRPO: of how many of the K trajectories exact Hessian-vector products are, at most. The authors took all, which takes
-    twice as long and, here, does no better."""
     eval_steps: int = 4
     """Adaptation steps at test."""
     eval_trajectories: int = 40
