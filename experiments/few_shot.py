@@ -135,7 +135,7 @@ class Options(runner.Options):
     log_every: int = 100
     checkpoint_seconds: float = 30.0
 
-    free = (*runner.Options.free, "data_dir", "cache_dir", "images_on", "eval_steps", "eval_tasks")
+    free = (*runner.Options.free, "data_dir", "cache_dir", "images_on", "chunk_size", "eval_steps", "eval_tasks")
 
 
 def _preset(name: str, **options: object) -> Options:

@@ -83,7 +83,7 @@ class Options(runner.Options):
     log_every: int = 5
     validate_every: int = 20
 
-    free = (*runner.Options.free, "eval_trajectories")
+    free = (*runner.Options.free, "chunk_size", "eval_trajectories")
 
 
 class Trained(NamedTuple):
