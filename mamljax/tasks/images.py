@@ -173,7 +173,8 @@ def _draw(images: Array, counts: Array, key: Array, *, ways: int, shots: int, qu
 
 def draw_indices(key: Array, counts: Array, *, ways: int, per_class: int) -> tuple[tuple[Array, Array], Array]:
     """Draw the classes and images of an episode: index arrays (class [N, 1], image [N, K + Q]), and quarter turns [N]."""
-    bits = jax.random.bits(key, (ways, 2 + per_class))  # all at once: each call takes the compiler a good part of a second
+    # All at once: each call takes the compiler a good part of a second.
+    bits = jax.random.bits(key, (ways, 2 + per_class), jnp.uint32)
     classes = distinct(bits[:, 0], jnp.int32(len(counts)))
     chosen = jax.vmap(distinct)(bits[:, 2:], counts[classes])
     return (classes[:, None], chosen), (bits[:, 1] % 4).astype(jnp.int32)
@@ -189,9 +190,9 @@ def distinct(bits: Array, total: Array) -> Array:
     draws = (bits % (total - jnp.arange(count)).astype(jnp.uint32)).astype(jnp.int32)
 
     def add(i: Array, chosen: Array) -> Array:
-        # Of the numbers that are left, as many as its own less its rank lie below a chosen one. It is passed if that is few.
-        ranks = (chosen[None] < chosen[:, None]).sum(1)
-        return chosen.at[i].set(draws[i] + (chosen - ranks <= draws[i]).sum())
+        # Of the numbers that are left, `chosen - ranks` lie below each chosen one: the one sought is above it if that is few.
+        ranks = (chosen[None] < chosen[:, None]).sum(1, dtype=jnp.int32)
+        return chosen.at[i].set(draws[i] + (chosen - ranks <= draws[i]).sum(dtype=jnp.int32))
 
     return jax.lax.fori_loop(0, count, add, jnp.full(count, total + count, jnp.int32))
 

@@ -119,7 +119,9 @@ def test_resumed_run_is_the_undisturbed_one(finished, images, banks, tmp_path):
         for out in (finished, tmp_path)
     ]
     assert rows[0] == rows[1]
-    assert main(images, banks, "--out", tmp_path, "--chunk-size", 2, "--method", "random") == 0  # it may change, unlike the rest
+    assert (
+        main(images, banks, "--out", tmp_path, "--chunk-size", 2, "--method", "random") == 0
+    )  # it may change, unlike the rest
 
 
 def test_inductive_statistics_and_scale(images, banks, tmp_path):
