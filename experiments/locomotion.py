@@ -116,9 +116,9 @@ def draw_strip(options: Options, env: Environment, trained: Trained, path: Path)
         print(f"no strip of frames: {error}", file=sys.stderr)
         return
     figure = report.new_figure(2 * STRIP_FRAMES, 4)
-    for step, (axes, strip) in enumerate(zip(figure.subplots(2, 1), strips, strict=True)):
+    for when, axes, strip in zip(("before adaptation", "after 1 step"), figure.subplots(2, 1), strips, strict=True):
         axes.imshow(jnp.concatenate(list(strip), axis=1))
-        axes.set(title=f"{options.task} {task:.2f}, after {step} steps", xticks=[], yticks=[])
+        axes.set(title=f"{options.task} {task:.2f}, {when}", xticks=[], yticks=[])
     figure.savefig(path, dpi=100)
 
 
