@@ -28,8 +28,8 @@ time.sleep(60)
 
 def test_parts_add_up(tmp_path):
     found = startup.start((sys.executable, "-c", STAND_IN), tmp_path, dict(os.environ), timeout=30)
-    assert found.loaded - found.configured == pytest.approx(0.1, abs=0.09)
-    assert found.updated - found.loaded == pytest.approx(0.2, abs=0.19)
+    assert 0 < found.configured < found.loaded < found.updated
+    assert found.updated >= 0.3  # what the stand-in sleeps; on a busy machine each part may be longer or shorter
     assert 0 < found.processor < found.updated
     assert found.parts == {"of which tracing": 0.75, "of which compiling": 1.5}
     rows = startup.rows_of("stand-in", "cold", [found] * 3)
