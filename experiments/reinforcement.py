@@ -67,7 +67,7 @@ class Options(runner.Options):
     hvp: HessianVectorProduct = "exact"
     """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
     curvature_trajectories: int | None = None
-    """TRPO: of how many of the K trajectories exact Hessian-vector products are, at most; by default all. Fewer are faster,
+    """TRPO: of how many of the K trajectories exact Hessian-vector products are; by default all. Fewer are faster,
     but with too few for the policy's parameters the direction of the step is in part arbitrary."""
     meta_lr: float = 0.001
     """Adam: step size."""

@@ -52,7 +52,7 @@ def maml_rl(
         differentiation: "reverse" or "mixed" (both exact) or "first_order"; see `inner.adapt`. The exact Hessian-vector
             products of TRPO need forward mode, which "mixed" has not.
         chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same.
-        curvature_trajectories: how many trajectories of each batch, at most, TRPO's exact Hessian-vector products are of; by
+        curvature_trajectories: how many trajectories of each batch TRPO's exact Hessian-vector products are of; by
             default all, as in the paper. They are most of a meta-update's arithmetic, and only choose a direction: the loss
             and the bound of the divergence are always checked on all. A tenth is enough in Schulman et al. 2015 (appendix C).
 
@@ -207,7 +207,10 @@ def _last(batches: Batch) -> Batch:
 
 
 def _first_trajectories(batches: Batch, count: int | None) -> Batch:
-    """What policy gradients take of the first `count` trajectories of each batch [S + 1, ...]; of all if it is None."""
+    """What policy gradients take of the first `count` of E trajectories of each batch [S + 1, ...]; of all if it is None."""
+    rows = batches.advantages.shape[2]
+    if count is not None and count > rows:
+        raise ValueError(f"curvature_trajectories is {count}, but a batch has {rows}. Ask for {rows} at most, or for None.")
     trajectories, advantages = jax.tree.map(lambda leaf: leaf[:, :, :count], (batches.trajectories, batches.advantages))
     return batches._replace(trajectories=trajectories, advantages=advantages)
 

@@ -20,8 +20,8 @@ def test_writes_time_and_gain_of_each_share(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--curvature-trajectories", "4"], "must be at most --trajectories, 3, got 4"),
-        (["--curvature-trajectories", "3", "--devices", "99"], "99"),
+        (["--curvature-trajectories", "4"], "curvature_trajectories is 4, but a batch has 3"),
+        (["--devices", "99"], "99"),
     ],
 )
 def test_bad_options(tmp_path, capsys, arguments, message):

@@ -255,6 +255,11 @@ def test_curvature_of_fewer_trajectories_is_another_product_alone(second_order):
     assert one @ other > 0.9 * jnp.linalg.norm(one) * jnp.linalg.norm(other)
 
 
+def test_curvature_of_more_trajectories_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="curvature_trajectories is 11, but a batch has 10"):
+        derivatives("reverse", curvature_trajectories=11)
+
+
 def test_adaptation_gathers_with_the_policy_of_each_step(batches):
     """The mean that acted changes from step to step as `inner.adapt` on the same batches says."""
     params, found = batches
