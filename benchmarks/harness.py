@@ -3,13 +3,15 @@
 A benchmark is a dataclass of options, among them `repeats` and `out`, and a function that makes rows of them.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,25 @@ def milliseconds(run: Callable[[], object], at_least: float = 0.02) -> float:
         jax.block_until_ready(run())
         calls += 1
     return 1e3 * (time.perf_counter() - started) / calls
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` after so many seconds, if any; where the system has no timer there is no limit."""
+    if seconds == 0 or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took more than {seconds:g} s to compile")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 @cache

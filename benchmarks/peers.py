@@ -10,12 +10,10 @@ Each uses as many threads as this process may use cores: `taskset -c 0 python be
 cores XLA makes little use within one small product, so the library divides the tasks among as many simulated devices.
 """
 
-import contextlib
 import dataclasses
 import importlib
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -40,6 +38,8 @@ PEERS = {  # name -> package that it needs
     "higher": "higher",
     "TorchOpt": "torchopt",
 }
+
+TIME = "milliseconds per meta-update"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,10 @@ class Options:
     """Measurements, of which the median counts; all take turns."""
     out: Path = Path("out/peers")
     """Directory for results.json, report.md and the figure."""
+
+
+class DisagreementError(Exception):
+    """Two methods that should compute the same do not."""
 
 
 class Method(NamedTuple):
@@ -165,32 +169,13 @@ def methods(
     found = {f"mamljax, {mode}": by_library(problem, params, tasks, mode)}
     for name in peers:
         try:
-            with _time_limit(compile_seconds if name == "torch.compile" else 0):
+            with harness.time_limit(compile_seconds if name == "torch.compile" else 0):
                 found[name] = by_peer(name, problem, params, tasks, second_order=second_order)
         except Exception as error:
             if name != "torch.compile":  # which may fail by what it finds on the machine, or take too long
                 raise
             print(f"skipped {name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
     return found
-
-
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise `TimeoutError` after so many seconds, if any; where the system has no timer there is no limit."""
-    if seconds == 0 or not hasattr(signal, "setitimer"):
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds:g} s to compile")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def check_both_precisions(problem: Problem, peers: Sequence[str], *, second_order: bool, compile_seconds: float) -> None:
@@ -218,7 +203,7 @@ def check_agreement(methods: Mapping[str, Method], tolerance: float) -> None:
     """Do a first meta-update with each.
 
     Raises:
-        ValueError: losses or meta-gradients differ by more than `tolerance`, relative to their size.
+        DisagreementError: losses or meta-gradients differ by more than `tolerance`, relative to their size.
     """
     (first, reference), *others = methods.items()
     loss, moments = float(reference.update(1)), reference.moments()
@@ -227,7 +212,9 @@ def check_agreement(methods: Mapping[str, Method], tolerance: float) -> None:
         gradient_error = _distance(method.moments(), moments) / _distance(moments)
         print(f"{name}: loss and meta-gradient differ by {loss_error:.1e} and {gradient_error:.1e}", file=sys.stderr)
         if not (loss_error < tolerance and gradient_error < tolerance):  # NaN is no agreement
-            raise ValueError(f"{name} and {first} do not compute the same within {tolerance}, so their times say nothing.")
+            raise DisagreementError(
+                f"{name} and {first} do not compute the same within {tolerance}, so their times say nothing."
+            )
 
 
 def measure(options: Options) -> list[report.Row]:
@@ -241,10 +228,15 @@ def measure(options: Options) -> list[report.Row]:
     for problem in problems_of(options):
         for order in ("second", "first"):
             settings = {"second_order": order == "second", "compile_seconds": options.compile_seconds}
+            setting = f"{problem.name}, {order} order"
             found = methods(problem, *weights_and_tasks(problem), peers, **settings)
-            if peers:
-                check_both_precisions(problem, peers, **settings)
-            rows += compare(problem, f"{problem.name}, {order} order", found, options.repeats)
+            try:
+                if peers:
+                    check_both_precisions(problem, peers, **settings)
+                rows += compare(problem, setting, found, options.repeats)
+            except DisagreementError as error:
+                print(f"{setting}: not timed. {error}", file=sys.stderr)
+                rows += [row_of(problem, setting, name, TIME, float("nan"), "not timed", note=str(error)) for name in found]
     return rows
 
 
@@ -259,13 +251,19 @@ def compare(problem: Problem, setting: str, methods: Mapping[str, Method], repea
     meaning = "time of the fastest peer divided by that of the method: above 1 is faster than all peers"
     rows = []
     for name, time in times.items():
-        shared = {"method": name, "setting": setting, "step": problem.inner_steps, "tasks": problem.num_tasks}
-        shared |= harness.UNTRAINED
-        rows.append(report.Row(metric="milliseconds per meta-update", mean=time, protocol=conditions, **shared))
+        rows.append(row_of(problem, setting, name, TIME, time, conditions))
         if fastest is not None:
             metric = "speed relative to the fastest peer"
-            rows.append(report.Row(metric=metric, mean=fastest / time, protocol=meaning, **shared))
+            rows.append(row_of(problem, setting, name, metric, fastest / time, meaning))
     return rows
+
+
+def row_of(
+    problem: Problem, setting: str, method: str, metric: str, mean: float, protocol: str, *, note: str = ""
+) -> report.Row:
+    """One row of the results."""
+    fields = {"step": problem.inner_steps, "tasks": problem.num_tasks, "note": note, **harness.UNTRAINED}
+    return report.Row(method=method, setting=setting, metric=metric, mean=mean, protocol=protocol, **fields)
 
 
 def _named(params: PyTree) -> dict[str, np.ndarray]:

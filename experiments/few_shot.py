@@ -4,17 +4,17 @@ Each method learns from episodes of N classes with K labelled images each, and i
 never saw, after 0 to 10 steps of gradient descent on their labelled images.
 """
 
-import dataclasses
 import functools
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import runner
+from few_shot_presets import PRESETS, PUBLISHED, SOURCE, Method, Options, eval_queries, eval_tasks, image_shape
 from jax import Array
 from jax.tree_util import Partial
 
@@ -24,7 +24,7 @@ from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
 from mamljax.data.bank import images_of
 from mamljax.data.folders import image_folders, split_folders
 from mamljax.data.miniimagenet import miniimagenet
-from mamljax.data.omniglot import Split, omniglot, split_omniglot
+from mamljax.data.omniglot import omniglot, split_omniglot
 from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import fine_tune, maml
@@ -35,131 +35,9 @@ from mamljax.types import MetaLearner, Model, PyTree, SampleFn, State, Task, as_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SOURCE = "Finn et al. 2017, table 1"
-PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
-    ("omniglot", "strided_conv", 5, 1, "maml"): 98.7,
-    ("omniglot", "strided_conv", 5, 5, "maml"): 99.9,
-    ("omniglot", "strided_conv", 20, 1, "maml"): 95.8,
-    ("omniglot", "strided_conv", 20, 5, "maml"): 98.9,
-    ("omniglot", "fully_connected", 5, 1, "maml"): 89.7,
-    ("omniglot", "fully_connected", 5, 5, "maml"): 97.5,
-    ("miniimagenet", "pooled_conv", 5, 1, "maml"): 48.70,
-    ("miniimagenet", "pooled_conv", 5, 5, "maml"): 63.11,
-    ("miniimagenet", "pooled_conv", 5, 1, "fomaml"): 48.07,
-    ("miniimagenet", "pooled_conv", 5, 5, "fomaml"): 63.15,
-    ("miniimagenet", "pooled_conv", 5, 1, "fine_tuning"): 28.86,
-    ("miniimagenet", "pooled_conv", 5, 5, "fine_tuning"): 49.79,
-    ("miniimagenet", "pooled_conv", 5, 1, "nearest_neighbour"): 41.08,
-    ("miniimagenet", "pooled_conv", 5, 5, "nearest_neighbour"): 51.04,
-}
 NORM_PARAMETERS = ("shift", "scale")  # of the outer loop alone
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tuning is tuned
-Method = Literal["maml", "fomaml", "pretrained", "random", "fine_tuning", "nearest_neighbour"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options(runner.Options):
-    """Few-shot classification of images, by default Omniglot 5-way 1-shot as in the paper and its code."""
-
-    preset: str = "omniglot-5w1s"
-    """Values for all options below and above, one preset for each cell of the paper's table."""
-    method: tuple[Method, ...] = ("maml",)
-    """Methods, trained in this order: MAML, first-order MAML, one network for all episodes, an untrained one; and a classifier
-    over all training classes, with its output layer renewed and everything fine-tuned, or its features compared."""
-    protocol: Literal["paper", "corrected"] = "paper"
-    """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
-    and 6000 (corrected)."""
-    steps: int = 60_000
-    out: Path = Path("out/omniglot-5w1s")
-    dataset: Literal["omniglot", "miniimagenet", "folder"] = "omniglot"
-    """Omniglot, miniImageNet, or images of your own in --data-dir."""
-    data_dir: Path | None = None
-    """Directory of the raw data set, which is needed once."""
-    cache_dir: Path | None = None
-    """Directory of prepared image banks; by default MAMLJAX_CACHE_DIR or ~/.cache/mamljax/banks."""
-    split: Split = "seeded"
-    """Characters of Omniglot for training, validation and test: 1100/100/423 at random, or those of Vinyals et al. 2016."""
-    image_size: int = 84
-    """Height and width in pixels to which images of your own are resized."""
-    channels: Literal[1, 3] = 3
-    """Grey or coloured images of your own."""
-    images_on: Literal["device", "host"] = "device"
-    """Where the images lie: in the device's memory, or, if it has no room for them, mapped from the bank's file, whence the
-    host reads episodes ahead of the device."""
-    network: Literal["strided_conv", "pooled_conv", "fully_connected"] = "strided_conv"
-    """The Omniglot network, the miniImageNet network, or the one without convolutions."""
-    filters: int = 64
-    """Channels of each convolution."""
-    norm: Literal["shift", "scale_and_shift"] = "shift"
-    """What normalisation learns after normalising; the authors' code has a shift only."""
-    statistics: Literal["transductive", "inductive"] = "transductive"
-    """What normalisation is computed from in evaluation: all query images at once, as in the authors' code, or the
-    support images alone."""
-    num_tasks: int = 32
-    ways: int = 5
-    """N, classes of an episode."""
-    shots: int = 1
-    """K, support images of each class."""
-    queries: int = 1
-    """Query images of each class, in training."""
-    eval_queries: int | None = None
-    """Query images of each class in evaluation."""
-    eval_tasks: int | None = None
-    """Test episodes."""
-    validation_tasks: int = 600
-    """Validation episodes; always the same."""
-    inner_lr: float = 2.0
-    """Step size of adaptation, on the mean cross-entropy: N times that of the paper, whose code sums over classes."""
-    inner_steps: int = 1
-    """Adaptation steps in training."""
-    eval_steps: int = 10
-    """Adaptation steps in evaluation."""
-    test_steps: int = 3
-    """Adaptation steps of the paper's number, after which validation chooses the best checkpoint."""
-    meta_lr: float = 0.001
-    """Step size of Adam, the outer optimiser."""
-    clip: float | None = None
-    """Bound on each element of the meta-gradient."""
-    differentiation: Literal["mixed", "reverse"] = "reverse"
-    """How MAML differentiates through adaptation; both are exact."""
-    chunk_size: int = 4
-    """Tasks differentiated or evaluated at a time, a divisor of --num-tasks. The fastest on a CPU whose cache they just fit.
-    With --devices on a CPU take 1, on an accelerator --num-tasks."""
-    precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
-    """Arithmetic of products, where the device has others than float32; parameters are always float32."""
-    tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
-    """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy after the training; the
-    first also serves for validation during it."""
-    validate_every: int = 1_000
-    log_every: int = 100
-    checkpoint_seconds: float = 30.0
-
-    free = (*runner.Options.free, "data_dir", "cache_dir", "images_on", "chunk_size", "eval_steps", "eval_tasks")
-
-
-def _preset(name: str, **options: object) -> Options:
-    return Options(preset=name, out=Path("out") / name, **options)
-
-
-FC = {"network": "fully_connected", "chunk_size": 32}
-TWENTY_WAY = {"ways": 20, "num_tasks": 16, "inner_steps": 5, "test_steps": 5, "chunk_size": 1, "differentiation": "mixed"}
-MINI = {"dataset": "miniimagenet", "network": "pooled_conv", "filters": 32, "num_tasks": 4, "queries": 15, "inner_lr": 0.05}
-MINI |= {"inner_steps": 5, "test_steps": 10, "chunk_size": 1, "differentiation": "mixed"}
-# The authors clip to +-10 where the loss is summed over N Q queries and divided by K; here it is their mean.
-PRESETS = {
-    options.preset: options
-    for options in (
-        _preset("omniglot-5w1s"),
-        _preset("omniglot-5w5s", shots=5, queries=5, chunk_size=1),
-        _preset("omniglot-20w1s", **TWENTY_WAY),
-        _preset("omniglot-20w5s", shots=5, queries=5, **TWENTY_WAY),
-        _preset("omniglot-5w1s-fc", **FC),
-        _preset("omniglot-5w5s-fc", shots=5, queries=5, **FC),
-        _preset("miniimagenet-5w1s", clip=10 / 75, **MINI),
-        _preset("miniimagenet-5w5s", shots=5, clip=10 / 15, **MINI),
-    )
-}
 
 
 class Data(NamedTuple):
@@ -255,22 +133,6 @@ def load(options: Options) -> Data:
         test=sampler("test", eval_queries(options)),
         labelled=classifier_sample,
     )
-
-
-def image_shape(options: Options) -> tuple[int, int, int, int]:
-    """The shape of one image, [1, H, W, C]."""
-    own = (1, options.image_size, options.image_size, options.channels)
-    return {"omniglot": (1, 28, 28, 1), "miniimagenet": (1, 84, 84, 3), "folder": own}[options.dataset]
-
-
-def eval_queries(options: Options) -> int:
-    """Query images of each class in evaluation."""
-    return options.eval_queries or (options.shots if options.protocol == "paper" else 15)
-
-
-def eval_tasks(options: Options) -> int:
-    """Test episodes."""
-    return options.eval_tasks or (600 if options.protocol == "paper" else 6000)
 
 
 def build_network(options: Options, image: Array, ways: int | None) -> Model:

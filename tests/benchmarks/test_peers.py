@@ -96,8 +96,30 @@ def test_disagreement_is_an_error():
     reference = method(1.0, 3.0, 4.0)
     peers.check_agreement({"a": reference, "b": method(1.00001, 3.0, 4.0)}, tolerance=1e-4)
     for other in (method(1.001, 3.0, 4.0), method(1.0, 3.0, 4.001), method(1.0, 3.0, float("nan"))):
-        with pytest.raises(ValueError, match="b and a do not compute the same within 0.0001"):
+        with pytest.raises(peers.DisagreementError, match="b and a do not compute the same within 0.0001"):
             peers.check_agreement({"a": reference, "b": other}, tolerance=1e-4)
+
+
+def test_what_disagrees_is_not_timed_and_the_rest_is(capsys, monkeypatch):
+    def check(problem, *arguments, second_order, **keywords):
+        if second_order:
+            raise peers.DisagreementError("they differ")
+
+    monkeypatch.setattr(peers, "available", lambda seconds: ["loop over tasks"])
+    monkeypatch.setattr(peers, "by_peer", lambda *arguments, **keywords: peers.Method(lambda count: None, dict))
+    monkeypatch.setattr(peers, "check_both_precisions", check)
+    rows = peers.measure(peers.Options(problem=("sinusoid",), num_tasks=2, width=2, chunk_size=1, repeats=1))
+    second, first = (
+        [row for row in rows if row.setting == f"sinusoid, {order} order" and "milliseconds" in row.metric]
+        for order in ("second", "first")
+    )
+    assert [(row.method, row.note) for row in second] == [
+        ("mamljax, reverse", "they differ"),
+        ("loop over tasks", "they differ"),
+    ]
+    assert all(np.isnan(row.mean) for row in second)
+    assert [row.mean > 0 for row in first] == [True, True]
+    assert "sinusoid, second order: not timed. they differ" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("option", ["--num-tasks", "--width", "--chunk-size", "--repeats"])
