@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from flax import linen
 from jax import Array, lax
 
+from mamljax.types import PyTree
+
 PIECE_BYTES = 2**20  # of patches: about what a CPU core has in its cache while it multiplies
 
 
@@ -24,12 +26,17 @@ class BatchStatNorm(linen.Module):
     epsilon: float = 1e-3
 
     @linen.compact
-    def __call__(self, x: Array) -> Array:
-        """Normalise [n, ..., C]."""
-        axes = tuple(range(x.ndim - 1))
-        x = x - x[: self.reference].mean(axes, keepdims=True)
-        reference = x[: self.reference]
-        y = x * lax.rsqrt((reference * reference).mean(axes, keepdims=True) + self.epsilon)
+    def __call__(self, x: Array, moments: tuple[Array, Array] | None = None) -> Array:
+        """Normalise [n, ..., C] by its moments, or by others: mean and variance [n, ..., C] of each example."""
+        if moments is None:
+            axes = tuple(range(x.ndim - 1))
+            mean = x[: self.reference].mean(axes, keepdims=True)
+            variance = ((x[: self.reference] - mean) ** 2).mean(axes, keepdims=True)
+        else:
+            means, variances = (each[: self.reference] for each in moments)
+            mean = means.mean(0, keepdims=True)
+            variance = (variances + (means - mean) ** 2).mean(0, keepdims=True)
+        y = (x - mean) * lax.rsqrt(variance + self.epsilon)
         if self.use_scale:
             y = y * _channels(self.param("scale", linen.initializers.ones, x.shape[-1:]), x.ndim)
         return y + _channels(self.param("shift", linen.initializers.zeros, x.shape[-1:]), x.ndim)
@@ -45,25 +52,26 @@ class PatchConv(linen.Module):
     features: int
     stride: int = 1
     kernel_init: Callable = linen.initializers.glorot_uniform()
+    then: Callable[[Array], PyTree] = lambda y: y  # of the output, image by image; done while that is in the cache
 
     @linen.compact
-    def __call__(self, x: Array) -> Array:
-        """Convolve [n, H, W, C] to [n, ceil(H / stride), ceil(W / stride), features]."""
+    def __call__(self, x: Array) -> PyTree:
+        """Convolve [n, H, W, C] to [n, ceil(H / stride), ceil(W / stride), features], or to what `then` makes of that."""
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = self.param("bias", linen.initializers.zeros, (self.features,))
         # Transposed, the kernel's gradient is a product that CPUs do at nearly twice the rate.
         rows = kernel.reshape(-1, self.features).T
 
-        def convolve(x: Array) -> Array:
+        def convolve(x: Array) -> PyTree:
             patches = _patches(x, self.stride)
             y = lax.dot_general(patches.reshape(-1, patches.shape[-1]), rows, (((1,), (1,)), ((), ())))
-            return y.reshape(*patches.shape[:-1], self.features)
+            return self.then(y.reshape(*patches.shape[:-1], self.features) + _channels(bias, 4))
 
         patch_bytes = 9 * math.prod(x.shape[1:]) * x.dtype.itemsize // self.stride**2  # of one image
-        return _in_pieces(convolve, x, max(1, PIECE_BYTES // patch_bytes)) + _channels(bias, 4)
+        return _in_pieces(convolve, x, max(1, PIECE_BYTES // patch_bytes))
 
 
-def _in_pieces(convolve: Callable[[Array], Array], x: Array, at_most: int) -> Array:
+def _in_pieces(convolve: Callable[[Array], PyTree], x: Array, at_most: int) -> PyTree:
     """`convolve(x)`, but on a CPU, where x is many times `at_most` images, only so many at a time.
 
     The patches of many large images would go through memory, and so would their gradients. Those of a piece stay in the
@@ -74,7 +82,7 @@ def _in_pieces(convolve: Callable[[Array], Array], x: Array, at_most: int) -> Ar
         return convolve(x)
     size = next(size for size in range(at_most, 0, -1) if n % size == 0)
     y = lax.map(jax.checkpoint(convolve), x.reshape(n // size, size, *x.shape[1:]))
-    return y.reshape(n, *y.shape[2:])
+    return jax.tree.map(lambda leaf: leaf.reshape(n, *leaf.shape[2:]), y)
 
 
 def _patches(x: Array, stride: int) -> Array:
@@ -109,7 +117,11 @@ class StridedConvNet(linen.Module):
 
 
 class PooledConvNet(linen.Module):
-    """The miniImageNet network: blocks of [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], linear."""
+    """The miniImageNet network: blocks of [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], linear.
+
+    Pooling goes before normalisation and ReLU, which keep the order of numbers: that is the same function, unless a scale is
+    learned and becomes negative, and leaves them a quarter of the work. The statistics are those of all numbers.
+    """
 
     ways: int | None  # None for the features alone, [n, d]
     filters: int = 32
@@ -120,9 +132,16 @@ class PooledConvNet(linen.Module):
     def __call__(self, x: Array) -> Array:
         """Classify images [n, H, W, C] in [0, 1]; returns logits [n, ways]."""
         for _ in range(self.blocks):
-            x = _max_pool(linen.relu(self.norm()(PatchConv(self.filters)(x))))
+            pooled, *moments = PatchConv(self.filters, then=_pool_and_moments)(x)
+            x = linen.relu(self.norm()(pooled, moments))
         x = x.reshape(len(x), -1)
         return x if self.ways is None else linen.Dense(self.ways, kernel_init=linen.initializers.glorot_uniform())(x)
+
+
+def _pool_and_moments(x: Array) -> tuple[Array, Array, Array]:
+    """The maxima of images [n, H, W, C], [n, H // 2, W // 2, C], and the mean and the variance of each, [n, 1, 1, C]."""
+    mean = x.mean((1, 2), keepdims=True)
+    return _max_pool(x), mean, ((x - mean) ** 2).mean((1, 2), keepdims=True)
 
 
 def _max_pool(x: Array) -> Array:

@@ -149,17 +149,23 @@ def test_strided_net_against_xla_step_by_step():
     np.testing.assert_allclose(module.apply(params, IMAGES), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_pooled_net_against_xla_step_by_step():
-    module = PooledConvNet(3, filters=4)
-    images = jax.random.uniform(KEY, (2, 23, 23, 3))
+@pytest.mark.parametrize("reference", [None, 2])
+def test_pooled_net_against_xla_step_by_step(reference):
+    """It pools before it normalises; the usual order is the other, and gives the same."""
+    module = PooledConvNet(3, filters=4, norm=functools.partial(BatchStatNorm, use_scale=True, reference=reference))
+    images = jax.random.uniform(KEY, (3, 23, 23, 3))
     params = module.init(KEY, images)
     x = images
     for i, size in enumerate((11, 5, 2, 1)):
+        norm = params["params"][f"BatchStatNorm_{i}"]
+        norm |= {"scale": jnp.array([0.5, 1.0, 1.5, 2.0]), "shift": jnp.array([-0.5, 0.0, 0.3, 1.0])}
         x = reference_conv({"params": params["params"][f"PatchConv_{i}"]}, x, 1)
-        x = (x - x.mean((0, 1, 2), keepdims=True)) / jnp.sqrt(x.var((0, 1, 2), keepdims=True) + 1e-3)
-        x = linen.max_pool(jnp.maximum(x, 0), (2, 2), (2, 2))
-        assert x.shape == (2, size, size, 4)
-    expected = x.reshape(2, -1) @ params["params"]["Dense_0"]["kernel"]
+        statistics = {"axis": (0, 1, 2), "keepdims": True}
+        x = (x - x[:reference].mean(**statistics)) / jnp.sqrt(x[:reference].var(**statistics) + 1e-3)
+        x = jnp.maximum(x * norm["scale"][None, None, None] + norm["shift"][None, None, None], 0)
+        x = linen.max_pool(x, (2, 2), (2, 2))
+        assert x.shape == (3, size, size, 4)
+    expected = x.reshape(3, -1) @ params["params"]["Dense_0"]["kernel"]
     np.testing.assert_allclose(module.apply(params, images), expected, rtol=1e-3, atol=1e-4)
 
 
