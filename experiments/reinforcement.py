@@ -56,6 +56,9 @@ class Options(runner.Options):
     """Step size of adaptation, halved after the first step."""
     inner_steps: int = 1
     """Adaptation steps in training."""
+    multi_step_loss: bool = False
+    """Judge the policy in training after every one of the adaptation steps, by the sum of its returns, not after the last
+    alone."""
     outer: Literal["trpo", "adam"] = "trpo"
     """Outer optimiser: trust region policy optimisation, or Adam for vanilla policy gradient."""
     max_kl: float = 0.01
@@ -161,6 +164,7 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
         inner_steps=options.inner_steps if method in ADAPTING else 0,
         eval_steps=options.eval_steps if method in ADAPTING else 0,
         tx=outer_optimiser(options),
+        multi_step_loss=options.multi_step_loss,
         differentiation="first_order" if method == "fomaml" else "reverse",
         chunk_size=options.chunk_size,
         curvature_trajectories=options.curvature_trajectories,

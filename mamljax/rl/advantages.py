@@ -84,7 +84,8 @@ def masked_mean(values: Array, mask: Array) -> Array:
     return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1)
 
 
-def standardise(advantages: Array, mask: Array) -> Array:
-    """Shift and scale to mean 0 and standard deviation 1 over the steps that count, [T, E]."""
+def standardise(advantages: Array, mask: Array) -> tuple[Array, Array]:
+    """Shift and scale to mean 0 and standard deviation 1 over the steps that count, [T, E]; and the deviation before, []."""
     centred = (advantages - masked_mean(advantages, mask)) * mask
-    return centred / (jnp.sqrt(masked_mean(centred**2, mask)) + 1e-8)
+    spread = jnp.sqrt(masked_mean(centred**2, mask))
+    return centred / (spread + 1e-8), spread

@@ -19,6 +19,7 @@ class Batch(NamedTuple):
 
     trajectories: Trajectories
     advantages: Array  # [T, E] of mean 0 and standard deviation 1
+    spread: Array  # [] their standard deviation before, in units of the return
     returns: Array  # [E] undiscounted, of the first trajectory of each row; NaN where the policy's actions were not finite
     mean_return: Array  # [] undiscounted, of all trajectories that ended
 
@@ -71,6 +72,6 @@ def collector(
         acted = jnp.isfinite(data.actions).all(axis=(0, 2))
         returns = jnp.where(acted, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
         mean_return = jnp.sum(data.rewards) / jnp.sum(data.ends) + 0 * jnp.sum(returns)  # as NaN as they are
-        return Batch(data, standardise(advantages, data.mask), returns, mean_return)
+        return Batch(data, *standardise(advantages, data.mask), returns, mean_return)
 
     return collect

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ def maml_rl(
     inner_steps: int,
     eval_steps: int,
     tx: optax.GradientTransformation,
+    multi_step_loss: bool = False,
     differentiation: Differentiation = "reverse",
     chunk_size: int | None = None,
     curvature_trajectories: int | None = None,
@@ -49,6 +51,9 @@ def maml_rl(
         eval_steps: adaptation steps in evaluation.
         tx: the outer optimiser, `trpo.trpo(0.01)` in the paper; it gets the extra arguments described there. With any other,
             such as Adam, this is vanilla policy gradient.
+        multi_step_loss: whether the policy is judged after every one of the S steps, as Antoniou et al. 2019 (MAML++) do in
+            classification, and not after the last alone. Each counts by how much returns still differ after it: what is
+            maximised is the sum of the returns.
         differentiation: "reverse" or "mixed" (both exact) or "first_order"; see `inner.adapt`. The exact Hessian-vector
             products of TRPO need forward mode, which "mixed" has not.
         chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same.
@@ -74,24 +79,8 @@ def maml_rl(
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     rule = as_rule(rule, shapes, differentiable=inner_steps > 0 and differentiation != "first_order")
     tx = optax.with_extra_args_support(tx)
-
-    def adapted(params: PyTree, batches: Batch) -> PyTree:
-        before = jax.tree.map(lambda leaf: leaf[:-1], batches)
-        return adapt(partial(reinforce_loss, model), params, before, rule, differentiation=differentiation)[0]
-
-    def actions(params: PyTree, batches: Batch) -> tuple[Array, Array]:
-        return act(model, adapted(params, batches), _last(batches))
-
-    def task_loss(params: PyTree, batches: Batch) -> Array:
-        return surrogate_loss(_last(batches), actions(params, batches))
-
-    def task_loss_and_kl(params: PyTree, batches: Batch) -> tuple[Array, Array]:
-        acted = actions(params, batches)
-        return surrogate_loss(_last(batches), acted), divergence(_last(batches), acted)
-
-    def task_kl_product(params: PyTree, vector: PyTree, batches: Batch) -> PyTree:
-        batches = _first_trajectories(batches, curvature_trajectories)
-        return gauss_newton_product(partial(actions, batches=batches), partial(divergence, _last(batches)), params, vector)
+    judged_from = min(1, inner_steps) if multi_step_loss else inner_steps
+    objective = _objective(model, rule, judged_from, differentiation, curvature_trajectories)
 
     def adapt_to_all(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
         keys, tasks = keys_and_tasks
@@ -105,15 +94,15 @@ def maml_rl(
             mean = partial(_mean_over_tasks, fn, chunk_size)
             return lambda *args: mean_over_devices(mean, args, batches)
 
-        loss_and_kl = over_tasks(task_loss_and_kl)
-        loss, grads = over_tasks(jax.value_and_grad(task_loss))(state.params)
+        loss_and_kl = over_tasks(objective.loss_and_kl)
+        loss, grads = over_tasks(jax.value_and_grad(objective.loss))(state.params)
         updates, opt = tx.update(
             *(grads, state.opt, state.params),
             value=loss,
             grad=grads,
-            value_fn=over_tasks(task_loss),
+            value_fn=over_tasks(objective.loss),
             value_and_kl_fn=loss_and_kl,
-            kl_product=partial(over_tasks(task_kl_product), state.params),
+            kl_product=partial(over_tasks(objective.kl_product), state.params),
         )
         params = optax.apply_updates(state.params, updates)
         surrogate, kl = loss_and_kl(params)
@@ -130,6 +119,49 @@ def maml_rl(
         return {"return": batches.returns.mean(1), "return_of_all": batches.mean_return, "unstable": unstable}
 
     return MetaLearner(init, update, evaluate)
+
+
+class _Objective(NamedTuple):
+    """What TRPO asks of one task, as functions of the parameters, and of the batches [S + 1, ...] of a meta-update last."""
+
+    loss: Callable[[PyTree, Batch], Array]  # []
+    loss_and_kl: Callable[[PyTree, Batch], tuple[Array, Array]]  # the divergence is from the policies that acted
+    kl_product: Callable[[PyTree, PyTree, Batch], PyTree]  # of a vector and the divergence's Hessian
+
+
+def _objective(
+    model: Model,
+    rule: optax.GradientTransformation,
+    judged_from: int,
+    differentiation: Differentiation,
+    curvature_trajectories: int | None,
+) -> _Objective:
+    """The objective of policies that are judged after `judged_from` steps of adaptation, and after every further one."""
+
+    def judged(batches: Batch) -> Batch:
+        """The batches by which policies are judged [J, ...], their advantages on one scale."""
+        batches = jax.tree.map(lambda leaf: leaf[judged_from:], batches)
+        weights = (batches.spread + 1e-8) / (batches.spread.mean() + 1e-8)
+        return batches._replace(advantages=batches.advantages * weights[:, None, None])
+
+    def actions(params: PyTree, batches: Batch) -> tuple[Array, Array]:
+        before = jax.tree.map(lambda leaf: leaf[:-1], batches)
+        _, path = adapt(partial(reinforce_loss, model), params, before, rule, differentiation=differentiation)
+        policies = jax.tree.map(lambda leaf: leaf[judged_from:], path)
+        return jax.vmap(partial(act, model))(policies, judged(batches))
+
+    def loss_and_kl(params: PyTree, batches: Batch) -> tuple[Array, Array]:
+        acted = actions(params, batches)
+        return surrogate_loss(judged(batches), acted), divergence(judged(batches), acted)
+
+    def loss(params: PyTree, batches: Batch) -> Array:
+        return surrogate_loss(judged(batches), actions(params, batches))
+
+    def kl_product(params: PyTree, vector: PyTree, batches: Batch) -> PyTree:
+        batches = _first_trajectories(batches, curvature_trajectories)
+        return gauss_newton_product(partial(actions, batches=batches), partial(divergence, judged(batches)), params, vector)
+
+    return _Objective(loss, loss_and_kl, kl_product)
 
 
 def fine_tune(
@@ -199,11 +231,6 @@ def act(model: Model, params: PyTree, batch: Batch) -> tuple[Array, Array]:
     # One axis of states: gradients of products that sum over two are slow on a CPU.
     mean, log_std = model.apply(params, observations.reshape(-1, observations.shape[-1]))
     return mean.reshape(like.shape), jnp.broadcast_to(log_std, mean.shape).reshape(like.shape)
-
-
-def _last(batches: Batch) -> Batch:
-    """That of the adapted policy."""
-    return jax.tree.map(lambda leaf: leaf[-1], batches)
 
 
 def _first_trajectories(batches: Batch, count: int | None) -> Batch:

@@ -86,8 +86,9 @@ def test_baseline_of_returns_that_are_linear_in_the_features_is_exact():
 
 @pytest.mark.parametrize("mask", [MASK, jnp.ones_like(MASK)])
 def test_standardised_advantages(mask):
-    found = np.asarray(advantages.standardise(REWARDS, mask))
+    found, spread = (np.asarray(values) for values in advantages.standardise(REWARDS, mask))
     taken = found[mask > 0]
+    np.testing.assert_allclose(spread, np.asarray(REWARDS)[mask > 0].std(), rtol=1e-5)
     assert abs(taken.mean()) < 1e-6
     np.testing.assert_allclose(taken.std(), 1.0, rtol=1e-5)
     assert (found[mask == 0] == 0).all()
@@ -95,7 +96,9 @@ def test_standardised_advantages(mask):
 
 def test_no_step_taken_at_all_is_no_nan():
     nothing = jnp.zeros((3, 2))
-    assert (advantages.standardise(REWARDS, nothing) == 0).all()
+    standardised, spread = advantages.standardise(REWARDS, nothing)
+    assert (standardised == 0).all()
+    assert spread == 0
     assert (advantages.linear_baseline(jnp.ones((3, 2, 1)), TIME, REWARDS, nothing) == 0).all()
 
 

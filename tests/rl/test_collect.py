@@ -122,8 +122,9 @@ def test_advantages_are_those_of_their_parts():
     data = batch.trajectories
     returns = advantages.discounted_sums(data.rewards, data.ends, 0.9)
     values = advantages.linear_baseline(data.observations, data.time, returns, data.mask)
-    expected = advantages.standardise((returns - values) * data.mask, data.mask)
+    expected, spread = advantages.standardise((returns - values) * data.mask, data.mask)
     np.testing.assert_allclose(batch.advantages, expected, atol=2e-3)
+    np.testing.assert_allclose(batch.spread, spread, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from mamljax.devices import on, place, task_mesh
 from mamljax.inner import adapt
 from mamljax.rl.collect import collector
 from mamljax.rl.environment import Environment, Step
-from mamljax.rl.maml_rl import fine_tune, maml_rl, reinforce_loss
+from mamljax.rl.maml_rl import act, fine_tune, maml_rl, reinforce_loss, surrogate_loss
 from mamljax.rl.observed import with_task_observed
 from mamljax.rl.trpo import hessian_vector_product, trpo
 from mamljax.types import MetaLearner, Model
@@ -194,7 +194,7 @@ def test_devices_share_the_tasks():
     np.testing.assert_allclose(shared_metrics["return_after"], metrics["return_after"], rtol=1e-4)
 
 
-def derivatives(differentiation, *, in_other_ways=(), **settings):
+def derivatives(differentiation, *, in_other_ways=(), inner_steps=1, **settings):
     """The meta-gradient, and the Hessian of the divergence times a vector as the learner has it, and in other ways."""
 
     def run(key):
@@ -203,7 +203,7 @@ def derivatives(differentiation, *, in_other_ways=(), **settings):
             MODEL,
             COLLECT,
             rule=0.3,
-            inner_steps=1,
+            inner_steps=inner_steps,
             eval_steps=0,
             tx=spy.tx(),
             differentiation=differentiation,
@@ -238,6 +238,12 @@ def test_hessian_vector_products_agree(second_order):
     assert abs(second_order["change"]) < 1e-6
 
 
+def test_products_agree_where_every_step_is_judged():
+    found = derivatives("reverse", in_other_ways=("exact",), inner_steps=2, multi_step_loss=True)
+    np.testing.assert_allclose(found["product"], found["exact"], atol=1e-4 * jnp.abs(found["exact"]).max())
+    assert abs(found["change"]) < 1e-6
+
+
 def test_first_order_is_another_gradient_and_another_product(second_order):
     first_order = derivatives("first_order", chunk_size=1)
     for name in ("gradient", "product"):
@@ -268,6 +274,37 @@ def test_adaptation_gathers_with_the_policy_of_each_step(batches):
     means = jax.vmap(lambda params: MODEL.apply(params, jnp.ones(1))[0])(path)
     np.testing.assert_allclose(found.trajectories.mean[:, 0, 0], means, rtol=1e-4, atol=1e-6)
     assert len(set(np.asarray(means[:, 0]))) == 3
+
+
+def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
+    """Written out step by step, on the batches that an update with the same key gathers."""
+    spy, task, rule = Spy(), jnp.float32(1.0), optax.sgd(0.3)
+    learner = maml_rl(MODEL, COLLECT, rule=0.3, inner_steps=2, eval_steps=0, tx=spy.tx(), multi_step_loss=True)
+
+    @jax.jit
+    def run():
+        state = learner.init(KEY)
+        learner.update(KEY, state, task[None])
+        first, second, third = (
+            jax.tree.map(lambda leaf, step=step: leaf[step], fine_tune(MODEL, COLLECT, rule, 2, *arguments))
+            for arguments in [(jax.random.split(KEY, 1)[0], state.params, task)]
+            for step in range(3)
+        )
+
+        def loss(params):
+            total = 0.0
+            for batch, judge in ((first, second), (second, third)):
+                gradient = jax.grad(functools.partial(reinforce_loss, MODEL))(params, batch)
+                params = jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, params, gradient)
+                total += judge.spread * surrogate_loss(judge, act(MODEL, params, judge))
+            return total / (second.spread + third.spread)
+
+        return spy.seen["value"], spy.seen["grads"], loss(state.params), jax.grad(loss)(state.params), (second, third)
+
+    value, grads, expected, expected_grads, judges = run()
+    assert len({round(float(judge.spread), 3) for judge in judges}) == 2  # else it would not matter what is on which scale
+    np.testing.assert_allclose(value, expected, atol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), grads, expected_grads)
 
 
 @pytest.mark.parametrize(
