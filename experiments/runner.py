@@ -10,6 +10,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -74,6 +75,7 @@ class Options:
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
+STATUS = re.compile("[A-Z_]+: ")  # what errors of XLA begin with, which may be a JaxRuntimeError or a ValueError
 
 
 class Run:
@@ -202,14 +204,15 @@ def main(
         message = f"cannot write to {error.filename or options.out}: {error.strerror}"
         print(f"error: {message}. Make room, or choose another --out; what was saved before is kept.", file=sys.stderr)
         return 2
-    except jax.errors.JaxRuntimeError as error:
-        if not options.distributed:
+    except (jax.errors.JaxRuntimeError, ValueError, CheckpointError, DataError, DivergenceError, report.ResultsError) as error:
+        of_runtime = STATUS.match(str(error)) is not None
+        if options.distributed and of_runtime:
+            lost = f"error: another process was lost ({str(error).splitlines()[0]})"
+            print(f"{lost}. Start all of them again: the same command goes on from the last checkpoint.", file=sys.stderr)
+            sys.stderr.flush()
+            os._exit(2)  # by the usual way JAX would wait for the lost one, and then abort with a trace of its own
+        if of_runtime:
             raise
-        lost = f"error: another process was lost ({str(error).splitlines()[0]})"
-        print(f"{lost}. Start all of them again: the same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(2)  # by the usual way JAX would wait for the lost one, and then abort with a trace of its own
-    except (ValueError, CheckpointError, DataError, DivergenceError, report.ResultsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -165,7 +165,15 @@ def test_presets_and_help(capsys):
     default = runner.parse(navigation.PRESETS, [])
     assert (default.inner_steps, default.multi_step_loss, default.protocol) == (3, True, "paper")
     paper = runner.parse(navigation.PRESETS, ["--preset", "paper"])
-    settings = (paper.inner_steps, paper.steps, paper.num_tasks, paper.trajectories, paper.horizon, paper.inner_lr, paper.max_kl)
+    settings = (
+        paper.inner_steps,
+        paper.steps,
+        paper.num_tasks,
+        paper.trajectories,
+        paper.horizon,
+        paper.inner_lr,
+        paper.max_kl,
+    )
     assert settings == (1, 100, 20, 20, 100, 0.5, 0.01)
     assert not paper.multi_step_loss
     assert runner.parse(navigation.PRESETS, ["--preset", "quick"]).steps < 100
