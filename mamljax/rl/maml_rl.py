@@ -15,6 +15,7 @@ from mamljax.inner import Differentiation, adapt
 from mamljax.rl import gaussian
 from mamljax.rl.advantages import masked_mean
 from mamljax.rl.collect import Batch, CollectFn
+from mamljax.rl.trpo import TrustRegionState
 from mamljax.rules import Rule, as_rule
 from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
 
@@ -105,7 +106,8 @@ def maml_rl(
             kl_product=partial(over_tasks(objective.kl_product), state.params),
         )
         params = optax.apply_updates(state.params, updates)
-        surrogate, kl = loss_and_kl(params)
+        known = isinstance(opt, TrustRegionState)  # from the line search
+        surrogate, kl = (loss + opt.change, opt.kl) if known else loss_and_kl(params)
         metrics = {"surrogate": surrogate, "kl": kl, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=params, opt=opt), {**_summary(batches), **metrics}
 
@@ -179,15 +181,20 @@ def fine_tune(
         The batch of each step, and last that of the adapted policy: [num_steps + 1, ...].
     """
 
-    def step(carry: tuple, key: Array) -> tuple[tuple, Batch]:
+    def learn(carry: tuple, batch: Batch) -> tuple:
         params, opt = carry
-        batch = collect(key, params, task)
         gradient = jax.grad(partial(reinforce_loss, model))(params, batch)
         updates, opt = rule.update(gradient, opt, params)
-        return (optax.apply_updates(params, updates), opt), batch
+        return optax.apply_updates(params, updates), opt
 
-    # One gradient too many, of the last batch: that costs little, and a second rollout would take as long to compile again.
-    return lax.scan(step, (params, rule.init(params)), jax.random.split(key, num_steps + 1))[1]
+    def step(carry: tuple, number_and_key: tuple[Array, Array]) -> tuple[tuple, Batch]:
+        number, key = number_and_key
+        batch = collect(key, carry[0], task)
+        # In the same loop as the last batch, of which nothing is learned: a second rollout would take as long to compile again.
+        return lax.cond(number < num_steps, learn, lambda carry, batch: carry, carry, batch), batch
+
+    numbers_and_keys = jnp.arange(num_steps + 1), jax.random.split(key, num_steps + 1)
+    return lax.scan(step, (params, rule.init(params)), numbers_and_keys)[1]
 
 
 def reinforce_loss(model: Model, params: PyTree, batch: Batch) -> Array:

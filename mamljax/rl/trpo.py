@@ -20,7 +20,8 @@ class TrustRegionState(NamedTuple):
     """What became of the last step; the next one needs none of it."""
 
     fraction: Array  # [] of the full step that was taken; 0 if none was acceptable
-    kl: Array  # [] divergence that it made, in nats
+    change: Array  # [] of the loss
+    kl: Array  # [] divergence, in nats
 
 
 def trpo(
@@ -72,7 +73,7 @@ def trpo(
         raise ValueError(f"hvp must be one of {get_args(HessianVectorProduct)}, got {hvp!r}.")
 
     def init(params: PyTree) -> TrustRegionState:
-        return TrustRegionState(jnp.zeros(()), jnp.zeros(()))
+        return TrustRegionState(*jnp.zeros(3))
 
     def update(
         grads: PyTree,
@@ -95,13 +96,13 @@ def trpo(
         full_step = -jnp.sqrt(2 * max_kl / (curvature + 1e-8)) * direction
 
         def attempt(fraction: Array) -> tuple[Array, Array]:
-            """Whether a step of this length may be taken; false for what is not a number. And its divergence."""
+            """Whether a step of this length may be taken; false for what is not a number. And what it changes."""
             moved_value, kl = value_and_kl_fn(unravel(flat + fraction * full_step))
-            return (moved_value < value) & (kl <= max_kl), kl
+            return (moved_value < value) & (kl <= max_kl), jnp.stack([moved_value - value, kl])
 
-        fraction, kl = backtrack(attempt, backtrack_ratio, max_backtracks)
+        fraction, changes = backtrack(attempt, backtrack_ratio, max_backtracks)
         step = jnp.where(fraction > 0, fraction * full_step, 0)
-        return unravel(step), TrustRegionState(fraction, kl)
+        return unravel(step), TrustRegionState(fraction, *changes)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -154,12 +155,12 @@ def backtrack(attempt: Callable[[Array], tuple[Array, Array]], ratio: float, max
     """Find the first of 1, ratio, ratio^2, ... that is acceptable.
 
     Args:
-        attempt: fraction [] -> whether it is acceptable [] bool, and a number [] to be returned with it.
+        attempt: fraction [] -> whether it is acceptable [] bool, and two numbers [2] to be returned with it.
         ratio: the factor between attempts.
         max_attempts: how many to make.
 
     Returns:
-        The fraction and its number, both 0 if none was acceptable.
+        The fraction and its numbers, all 0 if none was acceptable.
     """
 
     def undecided(carry: tuple) -> Array:
@@ -169,8 +170,7 @@ def backtrack(attempt: Callable[[Array], tuple[Array, Array]], ratio: float, max
     def another(carry: tuple) -> tuple:
         count, _, _, _ = carry
         fraction = jnp.float32(ratio) ** count
-        accepted, number = attempt(fraction)
-        return count + 1, accepted, jnp.where(accepted, fraction, 0), jnp.where(accepted, number, 0)
+        accepted, numbers = attempt(fraction)
+        return count + 1, accepted, jnp.where(accepted, fraction, 0), jnp.where(accepted, numbers, 0)
 
-    nothing = jnp.zeros(())
-    return lax.while_loop(undecided, another, (0, jnp.array(False), nothing, nothing))[2:]
+    return lax.while_loop(undecided, another, (0, jnp.array(False), jnp.zeros(()), jnp.zeros(2)))[2:]

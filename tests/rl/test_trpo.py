@@ -95,6 +95,7 @@ def test_every_step_keeps_to_the_bound_and_improves(scale, value_fn):
     assert quartic(moved) <= 0.5 * (1 + 1e-6)
     assert value_fn(moved) < value_fn(START)
     np.testing.assert_allclose(state.kl, quartic(moved), rtol=1e-5)
+    np.testing.assert_allclose(state.change, value_fn(moved) - value_fn(START), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -111,8 +112,7 @@ def test_every_step_keeps_to_the_bound_and_improves(scale, value_fn):
 def test_parameters_are_left_alone_if_no_step_is_acceptable(value_fn, kl_fn):
     updates, state = step(trpo(0.01, max_backtracks=5), value_fn, kl_fn)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(updates))
-    assert state.fraction == 0
-    assert state.kl == 0
+    assert (state.fraction, state.change, state.kl) == (0, 0, 0)
 
 
 def test_no_gradient_no_step():
@@ -122,9 +122,13 @@ def test_no_gradient_no_step():
 
 
 def test_backtracking_takes_the_first_acceptable_fraction():
-    fraction, number = backtrack(lambda fraction: (fraction < 0.3, 10 * fraction), 0.5, 15)
-    assert (fraction, number) == (0.25, 2.5)
-    assert backtrack(lambda fraction: (fraction < 0.3, fraction), 0.5, 2) == (0, 0)
+    def attempt(fraction):
+        return fraction < 0.3, jnp.stack([10 * fraction, -fraction])
+
+    fraction, numbers = backtrack(attempt, 0.5, 15)
+    assert (fraction, *numbers) == (0.25, 2.5, -0.25)
+    fraction, numbers = backtrack(attempt, 0.5, 2)
+    assert (fraction, *numbers) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(
