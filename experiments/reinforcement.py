@@ -71,7 +71,8 @@ class Options(runner.Options):
     """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
     curvature_trajectories: int | None = None
     """TRPO: of how many of the K trajectories exact Hessian-vector products are; by default all. Fewer are faster,
-    but with too few for the policy's parameters the direction of the step is in part arbitrary."""
+    but with too few for the policy's parameters the direction of the step is in part arbitrary, and with several adaptation
+    steps its length too small."""
     meta_lr: float = 0.001
     """Adam: step size."""
     chunk_size: int = 1

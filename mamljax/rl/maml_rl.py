@@ -59,8 +59,10 @@ def maml_rl(
             products of TRPO need forward mode, which "mixed" has not.
         chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same.
         curvature_trajectories: how many trajectories of each batch TRPO's exact Hessian-vector products are of; by
-            default all, as in the paper. They are most of a meta-update's arithmetic, and only choose a direction: the loss
-            and the bound of the divergence are always checked on all. A tenth is enough in Schulman et al. 2015 (appendix C).
+            default all, as in the paper. They are most of a meta-update's arithmetic, and only choose a direction and a length:
+            the loss and the bound of the divergence are always checked on all. A tenth is enough in Schulman et al. 2015
+            (appendix C). Here adaptation, too, is then from fewer: with several steps of it too few make the curvature seem
+            larger than it is, and steps shorter than they may be.
 
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
