@@ -19,7 +19,7 @@ ALLOWED = {
     "losses": {"types"},
     "data": FOUNDATION,
     "models": {"types", "checks"},
-    "image_models": set(),
+    "image_models": {"types"},
     "inner": {"types"},
     "rules": {"types", "inner"},
     "tasks": {"types", "checks"},

@@ -17,6 +17,7 @@ TINY = {
     "--steps": "4",
     "--num-tasks": "3",
     "--trajectories": "2",
+    "--curvature-trajectories": "2",
     "--horizon": "4",
     "--hidden-sizes": "4",
     "--eval-tasks": "5",
