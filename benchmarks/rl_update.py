@@ -2,7 +2,7 @@
 
 `python benchmarks/rl_update.py` times whole meta-updates of the experiments' sizes: trajectories before and after adaptation,
 the meta-gradient, TRPO with its ten Hessian-vector products, and the line search. Those products are most of the arithmetic,
-and need not be of all trajectories (`maml_rl(curvature_trajectories=...)`). How far the loss still falls then is here too: all
+and need not be of all tasks (`maml_rl(curvature_every=...)`). How far the loss still falls then is here too: all
 start from one policy with the same key, and so with the same trajectories.
 
 On a CPU the tasks are divided among as many simulated devices as this process may use cores.
@@ -37,8 +37,8 @@ class Options:
 
     tasks: tuple[Name, ...] = ("navigation", "half_cheetah_velocity")
     """Environments."""
-    curvature_trajectories: tuple[int, ...] = (20, 10, 5, 2)
-    """How many trajectories of each task the Hessian-vector products are of."""
+    curvature_every: tuple[int, ...] = (1, 2, 4)
+    """n, of every n-th task the Hessian-vector products are."""
     trajectories: int = 20
     """Trajectories of each task, before and again after adaptation."""
     num_tasks: int | None = None
@@ -54,7 +54,7 @@ class Options:
 
 
 def build_update(
-    environment: Environment, *, curvature: int, num_tasks: int, trajectories: int, horizon: int, devices: int
+    environment: Environment, *, curvature_every: int, num_tasks: int, trajectories: int, horizon: int, devices: int
 ) -> Callable[[], Metrics]:
     """Compile the first meta-update of a policy; returns what does it again and again."""
     policy = gaussian_policy(environment.observation_size, environment.action_size)
@@ -68,7 +68,7 @@ def build_update(
         tx=trpo(0.01),
         differentiation="reverse",
         chunk_size=1,
-        curvature_trajectories=curvature,
+        curvature_every=curvature_every,
     )
     mesh = task_mesh(devices) if devices > 1 else None
     key = jax.random.key(0)
@@ -77,6 +77,10 @@ def build_update(
     with on(mesh):
         compiled = jax.jit(learner.update).lower(*placed).compile()
     return lambda: compiled(*placed)[1]
+
+
+def _share(every: int) -> str:
+    return "all tasks" if every == 1 else f"a task in {every}"
 
 
 def measure(options: Options) -> list[report.Row]:
@@ -89,10 +93,8 @@ def measure(options: Options) -> list[report.Row]:
         sizes |= {"trajectories": options.trajectories, "devices": devices}
         environment = navigation() if name == "navigation" else locomotion(name)
         runs = {
-            f"curvature of {curvature} of {options.trajectories} trajectories": build_update(
-                environment, curvature=curvature, **sizes
-            )
-            for curvature in options.curvature_trajectories
+            f"curvature of {_share(every)}": build_update(environment, curvature_every=every, **sizes)
+            for every in options.curvature_every
         }
         conditions = (
             f"median of {options.repeats}, {sizes['num_tasks']} tasks, horizon {sizes['horizon']}, "

@@ -69,10 +69,9 @@ class Options(runner.Options):
     """TRPO: conjugate gradient iterations."""
     hvp: HessianVectorProduct = "exact"
     """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
-    curvature_trajectories: int | None = None
-    """TRPO: of how many of the K trajectories exact Hessian-vector products are; by default all. Fewer are faster,
-    but with too few for the policy's parameters the direction of the step is in part arbitrary, and with several adaptation
-    steps its length too small."""
+    curvature_every: int = 1
+    """TRPO: n, if exact Hessian-vector products are to be of every n-th task only, which is faster. The fewer tasks, the
+    worse the direction of the step."""
     meta_lr: float = 0.001
     """Adam: step size."""
     chunk_size: int = 1
@@ -168,7 +167,7 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
         multi_step_loss=options.multi_step_loss,
         differentiation="first_order" if method == "fomaml" else "reverse",
         chunk_size=options.chunk_size,
-        curvature_trajectories=options.curvature_trajectories,
+        curvature_every=options.curvature_every,
     )
 
 

@@ -31,7 +31,7 @@ def maml_rl(
     multi_step_loss: bool = False,
     differentiation: Differentiation = "reverse",
     chunk_size: int | None = None,
-    curvature_trajectories: int | None = None,
+    curvature_every: int = 1,
 ) -> MetaLearner:
     r"""Learn a policy that a few policy-gradient steps adapt to a task.
 
@@ -58,11 +58,11 @@ def maml_rl(
         differentiation: "reverse" or "mixed" (both exact) or "first_order"; see `inner.adapt`. The exact Hessian-vector
             products of TRPO need forward mode, which "mixed" has not.
         chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same.
-        curvature_trajectories: how many trajectories of each batch TRPO's exact Hessian-vector products are of; by
-            default all, as in the paper. They are most of a meta-update's arithmetic, and only choose a direction and a length:
-            the loss and the bound of the divergence are always checked on all. A tenth is enough in Schulman et al. 2015
-            (appendix C). Here adaptation, too, is then from fewer: with several steps of it too few make the curvature seem
-            larger than it is, and steps shorter than they may be.
+        curvature_every: n, if TRPO's exact Hessian-vector products are to be of every n-th task; by default of all, as in the
+            paper. They are most of a meta-update's arithmetic, and only choose a direction and a length: the loss and the bound
+            of the divergence are always checked on all tasks. A tenth of the data is enough in Schulman et al. 2015 (appendix
+            C). Fewer trajectories of every task would be as fast, but their policies are adapted on noisier gradients, whose
+            curvature is larger: it holds back what changes how the policy adapts, the very thing to be learned.
 
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
@@ -76,14 +76,14 @@ def maml_rl(
     """
     check_count("inner_steps", inner_steps, minimum=0)
     check_count("eval_steps", eval_steps, minimum=0)
-    for name, count in (("chunk_size", chunk_size), ("curvature_trajectories", curvature_trajectories)):
-        if count is not None:
-            check_count(name, count)
+    check_count("curvature_every", curvature_every)
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     rule = as_rule(rule, shapes, differentiable=inner_steps > 0 and differentiation != "first_order")
     tx = optax.with_extra_args_support(tx)
     judged_from = min(1, inner_steps) if multi_step_loss else inner_steps
-    objective = _objective(model, rule, judged_from, differentiation, curvature_trajectories)
+    objective = _objective(model, rule, judged_from, differentiation)
 
     def adapt_to_all(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
         keys, tasks = keys_and_tasks
@@ -93,8 +93,8 @@ def maml_rl(
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
         batches = divide(adapt_to_all, state.params, (keys, tasks))
 
-        def over_tasks(fn: Callable) -> Callable:
-            mean = partial(_mean_over_tasks, fn, chunk_size)
+        def over_tasks(fn: Callable, *, every: int = 1) -> Callable:
+            mean = partial(_mean_over_tasks, fn, chunk_size, every)
             return lambda *args: mean_over_devices(mean, args, batches)
 
         loss_and_kl = over_tasks(objective.loss_and_kl)
@@ -105,7 +105,7 @@ def maml_rl(
             grad=grads,
             value_fn=over_tasks(objective.loss),
             value_and_kl_fn=loss_and_kl,
-            kl_product=partial(over_tasks(objective.kl_product), state.params),
+            kl_product=partial(over_tasks(objective.kl_product, every=curvature_every), state.params),
         )
         params = optax.apply_updates(state.params, updates)
         known = isinstance(opt, TrustRegionState)  # from the line search
@@ -134,11 +134,7 @@ class _Objective(NamedTuple):
 
 
 def _objective(
-    model: Model,
-    rule: optax.GradientTransformation,
-    judged_from: int,
-    differentiation: Differentiation,
-    curvature_trajectories: int | None,
+    model: Model, rule: optax.GradientTransformation, judged_from: int, differentiation: Differentiation
 ) -> _Objective:
     """The objective of policies that are judged after `judged_from` steps of adaptation, and after every further one."""
 
@@ -162,7 +158,6 @@ def _objective(
         return surrogate_loss(judged(batches), actions(params, batches))
 
     def kl_product(params: PyTree, vector: PyTree, batches: Batch) -> PyTree:
-        batches = _first_trajectories(batches, curvature_trajectories)
         return gauss_newton_product(partial(actions, batches=batches), partial(divergence, judged(batches)), params, vector)
 
     return _Objective(loss, loss_and_kl, kl_product)
@@ -242,15 +237,6 @@ def act(model: Model, params: PyTree, batch: Batch) -> tuple[Array, Array]:
     return mean.reshape(like.shape), jnp.broadcast_to(log_std, mean.shape).reshape(like.shape)
 
 
-def _first_trajectories(batches: Batch, count: int | None) -> Batch:
-    """What policy gradients take of the first `count` of E trajectories of each batch [S + 1, ...]; of all if it is None."""
-    rows = batches.advantages.shape[2]
-    if count is not None and count > rows:
-        raise ValueError(f"curvature_trajectories is {count}, but a batch has {rows}. Ask for {rows} at most, or for None.")
-    trajectories, advantages = jax.tree.map(lambda leaf: leaf[:, :, :count], (batches.trajectories, batches.advantages))
-    return batches._replace(trajectories=trajectories, advantages=advantages)
-
-
 def _unstable(batches: Batch) -> Array:
     """The share of trajectories that ended because a state was not finite, []."""
     return batches.trajectories.unstable.sum() / batches.trajectories.ends.sum()
@@ -262,8 +248,9 @@ def _summary(batches: Batch) -> Metrics:
     return {"return_before": before, "return_after": after, "unstable": _unstable(batches)}
 
 
-def _mean_over_tasks(fn: Callable[..., PyTree], chunk_size: int | None, args: tuple, data: PyTree) -> PyTree:
-    """The mean of `fn(*args, entry)` over the leading axis of `data`, of which `chunk_size` entries are computed at a time."""
+def _mean_over_tasks(fn: Callable[..., PyTree], chunk_size: int | None, every: int, args: tuple, data: PyTree) -> PyTree:
+    """The mean of `fn(*args, entry)` over every so many-th entry of `data`, of which `chunk_size` are computed at a time."""
+    data = jax.tree.map(lambda leaf: leaf[::every], data)
     num_tasks = len(jax.tree.leaves(data)[0])
     values = lax.map(partial(fn, *args), data, batch_size=num_tasks if chunk_size is None else chunk_size)
     return jax.tree.map(lambda leaf: leaf.mean(0), values)

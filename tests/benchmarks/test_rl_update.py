@@ -9,9 +9,11 @@ TINY = ["--tasks", "navigation", "--num-tasks", "2", "--trajectories", "3", "--h
 
 
 def test_writes_time_and_gain_of_each_share(tmp_path):
-    assert rl_update.main([*TINY, "--curvature-trajectories", "3", "1", "--devices", "1", "--out", str(tmp_path)]) == 0
+    assert rl_update.main([*TINY, "--curvature-every", "1", "2", "--devices", "1", "--out", str(tmp_path)]) == 0
     rows = report.read_results(tmp_path / "results.json")["rows"]
-    of_all, of_one = ({row.metric: row.mean for row in rows if f"of {count} of 3" in row.method} for count in (3, 1))
+    of_all, of_one = (
+        {row.metric: row.mean for row in rows if share in row.method} for share in ("of all tasks", "of a task in 2")
+    )
     assert of_all.keys() == of_one.keys() == {"seconds per meta-update", "fall of the loss in the first meta-update"}
     assert of_all["seconds per meta-update"] > 0
     assert of_all["fall of the loss in the first meta-update"] != of_one["fall of the loss in the first meta-update"]
@@ -20,7 +22,7 @@ def test_writes_time_and_gain_of_each_share(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--curvature-trajectories", "4"], "curvature_trajectories is 4, but a batch has 3"),
+        (["--curvature-every", "0"], "--curvature-every must be a whole number of at least 1, got 0"),
         (["--devices", "99"], "99"),
     ],
 )

@@ -69,11 +69,12 @@ def test_without_mujoco(tmp_path, capsys, monkeypatch):
     assert 'pip install "mamljax[rl]"' in capsys.readouterr().err
 
 
-def test_presets_are_the_papers():
+def test_presets_are_the_papers_but_for_the_curvature():
     assert locomotion.PRESETS.keys() == TASKS.keys() == locomotion.PUBLISHED.keys()
     for task, options in locomotion.PRESETS.items():
         assert (options.preset, options.task, options.out.name) == (task, task, task)
         assert (options.num_tasks, options.horizon, options.inner_lr, options.eval_steps) == (40, 200, 0.1, 3)
+        assert options.curvature_every == 4  # 1 in the paper
     assert runner.parse(locomotion.PRESETS, ["--preset", "ant_direction"]).trajectories == 40
     assert runner.parse(locomotion.PRESETS, ["--preset", "half_cheetah_direction"]).max_kl == 0.02
 

@@ -17,7 +17,6 @@ TINY = {
     "--steps": "4",
     "--num-tasks": "3",
     "--trajectories": "2",
-    "--curvature-trajectories": "2",
     "--horizon": "4",
     "--hidden-sizes": "4",
     "--eval-tasks": "5",
