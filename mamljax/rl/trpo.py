@@ -14,6 +14,7 @@ from mamljax.checks import check_count
 from mamljax.types import PyTree
 
 HessianVectorProduct = Literal["exact", "finite_differences"]
+AIM = 0.9  # share of the bound that a shortened step aims at
 
 
 class TrustRegionState(NamedTuple):
@@ -35,9 +36,12 @@ def trpo(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Take the largest natural-gradient step within a trust region that makes the loss smaller.
 
-    $\theta \leftarrow \theta - \beta^j \sqrt{2 \delta / x^T H x}\; x$ with $x \approx (H + \lambda I)^{-1} \nabla L(\theta)$ by
-    conjugate gradients, $H$ the Hessian of the divergence at $\theta$, and $j$ the least number for which the loss falls and
-    the divergence is at most $\delta$. The parameters stay as they are if there is none. The defaults are those of the authors.
+    $\theta \leftarrow \theta - \phi \sqrt{2 \delta / x^T H x}\; x$ with $x \approx (H + \lambda I)^{-1} \nabla L(\theta)$ by
+    conjugate gradients, $H$ the Hessian of the divergence at $\theta$, and $\phi$ the first of a row of fractions for which the
+    loss falls and the divergence is at most $\delta$. The row begins with 1. After a divergence above the bound it goes on with
+    the fraction that would bring it to 0.9 of the bound if it were quadratic, half at least, so that few fractions are tried
+    and little of the bound is given away; else with $\beta$ times the last. The parameters stay as they are if no fraction
+    will do. The defaults are those of the authors.
 
     `update` needs, beside gradients and parameters, the extra arguments `value` (the loss at `params`) and `value_and_kl_fn`, a
     function of the parameters on the same data: the loss, and the divergence from the policy that acted, which is 0 at
@@ -48,7 +52,7 @@ def trpo(
         max_kl: delta, bound of the mean divergence in nats; 0.01 in the paper.
         damping: lambda, added to the Hessian's diagonal.
         cg_steps: conjugate gradient iterations at most.
-        backtrack_ratio: beta, the factor between the lengths tried.
+        backtrack_ratio: beta, the factor between lengths where it is the loss that does not fall.
         max_backtracks: how many lengths to try.
         hvp: Hessian-vector products "exact", or by central "finite_differences" of its gradients, as in the paper.
 
@@ -59,7 +63,7 @@ def trpo(
     >>> value_and_kl_fn = lambda p: (p[0], ((p - params) ** 2).sum() / 2)
     >>> grads = jnp.array([1.0, 0.0])
     >>> updates, state = tx.update(grads, tx.init(params), params, value=params[0], value_and_kl_fn=value_and_kl_fn)
-    >>> round(float(updates[0]), 3)  # to the bound, but for one backtrack that float32 may need: sqrt(2 * 0.01) = 0.141
+    >>> round(float(updates[0]), 3)  # to the bound: sqrt(2 * 0.01) = 0.141
     -0.141
     """
     for name, number in (("max_kl", max_kl), ("damping", damping)):
@@ -95,12 +99,14 @@ def trpo(
         curvature = direction @ (gradient - residual)  # x^T (H + damping) x
         full_step = -jnp.sqrt(2 * max_kl / (curvature + 1e-8)) * direction
 
-        def attempt(fraction: Array) -> tuple[Array, Array]:
-            """Whether a step of this length may be taken; false for what is not a number. And what it changes."""
+        def attempt(fraction: Array) -> tuple[Array, Array, Array]:
+            """Whether a step of this length may be taken, false for what is not a number; else by what factor to shorten it;
+            and what it changes."""
             moved_value, kl = value_and_kl_fn(unravel(flat + fraction * full_step))
-            return (moved_value < value) & (kl <= max_kl), jnp.stack([moved_value - value, kl])
+            factor = jnp.where(kl > max_kl, jnp.maximum(jnp.sqrt(AIM * max_kl / kl), 0.5), backtrack_ratio)
+            return (moved_value < value) & (kl <= max_kl), factor, jnp.stack([moved_value - value, kl])
 
-        fraction, changes = backtrack(attempt, backtrack_ratio, max_backtracks)
+        fraction, changes = backtrack(attempt, max_backtracks)
         step = jnp.where(fraction > 0, fraction * full_step, 0)
         return unravel(step), TrustRegionState(fraction, *changes)
 
@@ -151,12 +157,12 @@ def conjugate_gradient(
     return lax.while_loop(unsolved, iterate, (0, jnp.zeros_like(target), target, target))[1:3]
 
 
-def backtrack(attempt: Callable[[Array], tuple[Array, Array]], ratio: float, max_attempts: int) -> tuple[Array, Array]:
-    """Find the first of 1, ratio, ratio^2, ... that is acceptable.
+def backtrack(attempt: Callable[[Array], tuple[Array, Array, Array]], max_attempts: int) -> tuple[Array, Array]:
+    """Find a fraction that is acceptable, from 1 downwards.
 
     Args:
-        attempt: fraction [] -> whether it is acceptable [] bool, and two numbers [2] to be returned with it.
-        ratio: the factor between attempts.
+        attempt: fraction [] -> whether it is acceptable [] bool; by what factor [] to shorten it if not; and two numbers [2] to
+            be returned with it.
         max_attempts: how many to make.
 
     Returns:
@@ -168,9 +174,9 @@ def backtrack(attempt: Callable[[Array], tuple[Array, Array]], ratio: float, max
         return (count < max_attempts) & ~accepted
 
     def another(carry: tuple) -> tuple:
-        count, _, _, _ = carry
-        fraction = jnp.float32(ratio) ** count
-        accepted, numbers = attempt(fraction)
-        return count + 1, accepted, jnp.where(accepted, fraction, 0), jnp.where(accepted, numbers, 0)
+        count, _, fraction, _ = carry
+        accepted, factor, numbers = attempt(fraction)
+        return count + 1, accepted, jnp.where(accepted, fraction, factor * fraction), numbers
 
-    return lax.while_loop(undecided, another, (0, jnp.array(False), jnp.zeros(()), jnp.zeros(2)))[2:]
+    _, accepted, fraction, numbers = lax.while_loop(undecided, another, (0, jnp.array(False), jnp.ones(()), jnp.zeros(2)))
+    return jax.tree.map(lambda found: jnp.where(accepted, found, 0), (fraction, numbers))
