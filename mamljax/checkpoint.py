@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,21 +29,27 @@ class Checkpoints:
     noticed and the one before it used.
     """
 
-    def __init__(self, directory: str | os.PathLike, config: dict[str, Any]) -> None:
+    def __init__(self, directory: str | os.PathLike, config: dict[str, Any] | None) -> None:
         """Open a directory, made if it is missing.
 
         Args:
             directory: where the checkpoints are or will be.
-            config: JSON values; everything that decides how the run goes.
+            config: JSON values; everything that decides how the run goes. None to read only: then nothing in the directory is
+                changed, so that another process may be training there.
 
         Raises:
-            CheckpointError: the directory holds a run of another configuration, or cannot be written.
+            CheckpointError: the directory holds a run of another configuration, cannot be written, or has nothing to read.
         """
-        self.directory = Path(directory).absolute()
-        claim_directory(self.directory, config)
-        options = {"max_to_keep": 2, "enable_async_checkpointing": False, "cleanup_tmp_directories": True}
+        self.directory, self.writes = Path(directory).absolute(), config is not None
         steps = self.directory / "steps"
-        steps.mkdir(exist_ok=True)
+        if self.writes:
+            claim_directory(self.directory, config)
+            steps.mkdir(exist_ok=True)
+            options = {"max_to_keep": 2, "enable_async_checkpointing": False, "cleanup_tmp_directories": True}
+        else:
+            if not steps.is_dir():
+                raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
+            options = {"read_only": True, "create": False}
         if jax.process_count() > 1:  # this process alone reads and writes; the others do not wait for it
             me = jax.process_index()
             alone = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": "checkpoints"}
@@ -90,7 +97,7 @@ class Checkpoints:
                 print(f"The checkpoint of meta-update {step} in {self.directory} cannot be read ({_in_short(error)}); "
                       "falling back to the one before.", file=sys.stderr)  # fmt: skip
                 continue
-            for damaged in (s for s in steps if s > step):
+            for damaged in (s for s in steps if s > step and self.writes):
                 shutil.rmtree(self.directory / "steps" / str(damaged), ignore_errors=True)
             self._manager.reload()
             return step, tree
@@ -118,27 +125,80 @@ class Checkpoints:
 def claim_directory(directory: Path, config: dict[str, Any]) -> None:
     """Write `config.json` into a directory, or check that the one in there says the same.
 
+    One of a command that was refused, and so left nothing else, is replaced.
+
     Raises:
         CheckpointError: it says something else, cannot be read, or the directory cannot be written.
     """
+    make_directory(directory)
     path = directory / "config.json"
     config = json.loads(json.dumps(config))
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_atomically(path, json.dumps(config, indent=1) + "\n")
-        found = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {directory}: {error.strerror}. Choose another directory.") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}). Delete that directory, or choose another one.") from error
+    if not path.exists():
+        _write_config(path, config)
+    found = read_config(directory)
     keys = [key for key in sorted(config.keys() | found.keys()) if json.dumps(config.get(key)) != json.dumps(found.get(key))]
-    if keys:
+    if keys and found.keys() == config.keys() and not _is_used(directory):
+        _write_config(path, config)
+    elif keys:
         given, there = ({key: side.get(key) for key in keys} for side in (config, found))
         raise CheckpointError(
             f"{directory} holds a run of another configuration: it has {there}, this one {given}. "
             "Choose another directory, or delete that one."
         )
+
+
+def _write_config(path: Path, config: dict[str, Any]) -> None:
+    try:
+        write_atomically(path, json.dumps(config, indent=1) + "\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {path.parent}: {error.strerror}. Choose another directory.") from error
+
+
+def make_directory(directory: Path) -> None:
+    """Make a directory, and those above it.
+
+    Raises:
+        CheckpointError: it cannot be made.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"cannot write to {directory}: {error.strerror}. Choose another directory.") from error
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Read the configuration of the run in a directory.
+
+    Raises:
+        CheckpointError: there is none, or it is not one.
+    """
+    path = directory / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except OSError as error:
+        raise CheckpointError(
+            f"{directory} holds no training run (config.json: {error.strerror}). Train first, or choose another one."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}). Delete that directory, or choose another one.") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is not a JSON object, but {config!r}. Delete that directory, or choose another one.")
+    return config
+
+
+def _is_used(directory: Path) -> bool:
+    """Whether a run has left more than its configuration, or is at work."""
+    if (directory / "results.json").exists() or any(directory.glob("**/steps/*")):
+        return True
+    return any(map(_is_locked, directory.glob("checkpoints/*/lock")))
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with filelock.FileLock(path).acquire(blocking=False):
+            return False
+    except filelock.Timeout:
+        return True
 
 
 def _is_key(leaf: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import filelock
 
-from mamljax.checkpoint import CheckpointError, Checkpoints, claim_directory
+from mamljax.checkpoint import CheckpointError, Checkpoints, make_directory
 from mamljax.files import write_atomically
 from mamljax.types import PyTree
 
@@ -32,15 +32,17 @@ class Record:
         Raises:
             CheckpointError: as `Checkpoints`; or another process is at work there.
         """
-        if self.directory is not None:
-            claim_directory(self.directory, self.config)  # before the lock, which lies in it
-            lock = filelock.FileLock(self.directory / "lock")
+        if self.directory is None:
+            return self
+        make_directory(self.directory)
+        with contextlib.ExitStack() as files:
             try:
-                self.files.enter_context(lock.acquire(blocking=False))
+                files.enter_context(filelock.FileLock(self.directory / "lock").acquire(blocking=False))
             except filelock.Timeout as error:
                 message = f"another process is training in {self.directory}. Wait for it, or choose another directory."
                 raise CheckpointError(message) from error
             self.checkpoints = Checkpoints(self.directory, self.config)
+            self.files = files.pop_all()
         return self
 
     def restore(self, like: PyTree) -> tuple[int, PyTree]:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,13 +15,13 @@ from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mamljax.checkpoint import CheckpointError, Checkpoints
+from mamljax.checkpoint import CheckpointError, Checkpoints, read_config
 from mamljax.checks import check_count
 from mamljax.devices import any_host, from_first_host, is_first_host, on, place, take_back, task_mesh
 from mamljax.interruption import interruptions
 from mamljax.loop import meta_updates, over_seeds, preparation
 from mamljax.record import Record
-from mamljax.types import MetaLearner, SampleFn, State, as_argument
+from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_argument
 
 
 class Progress(NamedTuple):
@@ -43,7 +42,7 @@ class Result(NamedTuple):
 
 
 class DivergenceError(FloatingPointError):
-    """The loss or the meta-gradient is no longer finite."""
+    """A metric, such as the loss or the meta-gradient's norm, or a parameter is no longer finite."""
 
 
 def fit(
@@ -101,7 +100,7 @@ def fit(
         ValueError: a count out of range, TensorBoard without a directory, metrics that are not scalars, or tasks that the
             devices do not divide.
         CheckpointError: the directory cannot be used; see `Checkpoints`.
-        DivergenceError: the loss or the meta-gradient is not finite. The last good checkpoint is kept.
+        DivergenceError: a metric or a parameter is not finite. The last good checkpoint is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after saving.
     """
     check_count("num_updates", num_updates, minimum=0)
@@ -136,11 +135,8 @@ def fit(
             state, metrics = programs.run(now.state, key, done, stop, sampler)
             if stop < num_updates:
                 sampler = programs.sampler_from(stop)  # while the device computes
-            metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
-            _check_finite(metrics, done, record.where)
-            _check_params(take_back(state, mesh), stop, record.where)
+            line = _finite_means(metrics, take_back(state, mesh), done, stop, record.where)
             now = now._replace(state=state)
-            line = {name: float(values.mean()) for name, values in metrics.items()}
             if validate_fn and stop % validate_every == 0:
                 now, error = programs.validate(now, validate_fn)
                 line["validation_error"] = float(np.mean(error))
@@ -207,21 +203,26 @@ def read_best(learner: MetaLearner, directory: str | Path, *, seeds: int) -> Sta
     Raises:
         CheckpointError: there is no run, or it is one of another model or method; the first difference is named.
     """
-    path = Path(directory) / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{directory} holds no training run ({error}). Train first, or choose another one.") from error
+    read_config(Path(directory))
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    saved = Checkpoints(directory, config).restore(jax.eval_shape(jax.vmap(functools.partial(_start, learner)), keys))
+    saved = Checkpoints(directory, None).restore(jax.eval_shape(jax.vmap(functools.partial(_start, learner)), keys))
     if saved is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
     return jax.vmap(_best)(saved[1])
 
 
 def _check_key(key: Array) -> None:
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1 or key.size == 0:
-        raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {key.dtype}{list(key.shape)}.")
+    if not isinstance(key, Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1 or key.size == 0:
+        got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
+        raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {got}.")
+
+
+def _finite_means(metrics: Metrics, state: State, done: int, stop: int, where: str) -> dict[str, float]:
+    """The mean of each metric over some updates; raises `DivergenceError` if one is not finite, or the state after them."""
+    metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
+    _check_finite(metrics, done, where)
+    _check_params(state, stop, where)
+    return {name: float(values.mean()) for name, values in metrics.items()}
 
 
 def _check_params(state: State, done: int, where: str) -> None:
@@ -239,7 +240,7 @@ def _start(learner: MetaLearner, key: Array) -> Progress:
 
 
 def _validate(progress: Progress, validate_fn: Callable[[State], Array]) -> tuple[Progress, Array]:
-    error = validate_fn(progress.state)
+    error = validate_fn(progress.state).astype(progress.best_error.dtype)
     better = error < progress.best_error
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), progress.state, progress.best)
     return Progress(progress.state, best, jnp.where(better, error, progress.best_error)), error

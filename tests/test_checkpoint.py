@@ -1,14 +1,16 @@
 """Checkpoints: whole or not there, refused when they are another run's, passed over when damaged."""
 
+import contextlib
 import errno
 import shutil
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamljax.checkpoint import CheckpointError, Checkpoints, claim_directory
+from mamljax.checkpoint import CheckpointError, Checkpoints, claim_directory, read_config
 from mamljax.files import write_atomically
 from mamljax.types import State
 
@@ -122,10 +124,56 @@ def test_another_architecture_is_refused_at_its_first_difference(two, like, diff
 
 
 def test_another_configuration_is_refused(tmp_path):
-    Checkpoints(tmp_path, {"inner_lr": 0.1, "seeds": 1, "sizes": (40, 40)})
+    Checkpoints(tmp_path, {"inner_lr": 0.1, "seeds": 1, "sizes": (40, 40)}).save(1, TREE)
     Checkpoints(tmp_path, {"inner_lr": 0.1, "seeds": 1, "sizes": (40, 40)})
     with pytest.raises(CheckpointError, match=r"another configuration: it has {'inner_lr': 0.1}, this one {'inner_lr': 0.2}"):
         Checkpoints(tmp_path, {"inner_lr": 0.2, "seeds": 1, "sizes": (40, 40)})
+
+
+def test_the_configuration_of_a_refused_command_is_replaced(tmp_path):
+    claim_directory(tmp_path, {"shots": 30})
+    claim_directory(tmp_path, {"shots": 1})
+    assert read_config(tmp_path) == {"shots": 1}
+
+
+@pytest.mark.parametrize("left", ["results.json", "checkpoints/maml/steps/10", "a lock", "other keys"])
+def test_that_of_any_other_is_kept(tmp_path, left):
+    config = {"shots": 30, **({"of": "somebody else"} if left == "other keys" else {})}
+    claim_directory(tmp_path, config)
+    (tmp_path / "checkpoints" / "maml").mkdir(parents=True)
+    if left.startswith("checkpoints"):
+        (tmp_path / left).mkdir(parents=True)
+    elif left == "results.json":
+        (tmp_path / left).write_text("{}")
+    lock = filelock.FileLock(tmp_path / "checkpoints" / "maml" / "lock")
+    held = lock if left == "a lock" else contextlib.nullcontext()
+    with held, pytest.raises(CheckpointError, match="another configuration"):
+        claim_directory(tmp_path, {"shots": 1})
+    assert read_config(tmp_path) == config
+
+
+@pytest.mark.parametrize("text", ["null", "[]", "5", '"abc"'])
+def test_a_configuration_that_is_no_object(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match="is not a JSON object"):
+        claim_directory(tmp_path, {"shots": 1})
+
+
+def test_a_reader_changes_nothing(two):
+    """Neither the half-written checkpoint of a training that is under way, nor one that it cannot read."""
+    half_written = two / "steps" / "3.orbax-checkpoint-tmp"
+    half_written.mkdir()
+    damage_truncate(two / "steps" / "2")
+    step, tree = Checkpoints(two, None).restore(jax.eval_shape(lambda: TREE))
+    assert step == 1
+    assert_equal(tree, scaled(1))
+    assert half_written.is_dir()
+    assert (two / "steps" / "2").is_dir()
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(CheckpointError, match="holds no checkpoint yet"):
+        Checkpoints(tmp_path, None)
 
 
 def test_a_configuration_with_nan_is_its_own(tmp_path):

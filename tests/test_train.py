@@ -296,6 +296,23 @@ def test_another_configuration_is_refused(tmp_path):
         train(directory=tmp_path, config={"inner_lr": 0.1}, num_tasks=3)
 
 
+def test_a_refused_directory_is_free_for_others(tmp_path):
+    train(directory=tmp_path)
+    with pytest.raises(CheckpointError) as refused:  # which keeps the frames alive, and what they hold
+        train(directory=tmp_path, num_tasks=3)
+    assert train(directory=tmp_path).num_updates == 20
+    assert "another configuration" in str(refused.value)
+
+
+def test_validated_in_double_precision_it_goes_on(tmp_path):
+    with jax.enable_x64(True):
+        learner = scalar_learner()._replace(init=lambda key: State(jnp.float64(1.0), optax.sgd(0.1).init(jnp.float64(1.0))))
+        arguments = {"directory": tmp_path, "validate_fn": lambda state: state.params**2, "validate_every": 5}
+        for updates in (10, 20):
+            result = train(learner, lambda key: jnp.float64(0.0), num_updates=updates, **arguments)
+        np.testing.assert_allclose(result.best.params, 0.9**20, rtol=1e-12)
+
+
 def test_a_longer_run_is_not_cut(tmp_path):
     train(directory=tmp_path, num_updates=20)
     with pytest.raises(CheckpointError, match="holds 20 meta-updates, more than the 10 asked for. Choose another directory"):
@@ -355,7 +372,7 @@ def test_metrics_are_scalars():
         train(learner)
 
 
-@pytest.mark.parametrize("key", [jax.random.split(KEY, 4).reshape(2, 2), KEYS[:0], jnp.zeros(2, jnp.uint32)])
+@pytest.mark.parametrize("key", [jax.random.split(KEY, 4).reshape(2, 2), KEYS[:0], jnp.zeros(2, jnp.uint32), 0])
 def test_key_is_one_key_or_a_vector_of_them(key):
     with pytest.raises(ValueError, match=r"key must be jax.random.key\(seed\) or a vector of such keys"):
         train(key=key)
