@@ -7,7 +7,6 @@ images, with probabilities, as CSV.
 import csv
 import dataclasses
 import io
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 
-from mamljax.checkpoint import CheckpointError
+from mamljax.checkpoint import CheckpointError, read_config
 from mamljax.checks import check_count
 from mamljax.data.bank import DataError
 from mamljax.data.decoding import decode
@@ -40,14 +39,14 @@ class Options:
     support: Path
     """Directory with a folder of labelled images for each class; the folder's name is the label."""
     query: Path
-    """Directory of the images to classify, in folders or not. The networks normalise by the images that they see together,
-    so that a prediction depends a little on the others, unless trained with --statistics inductive."""
+    """Directory of the images to classify, in folders or not. Networks normalise by the images that they see together: each
+    is seen with the support images, so that its prediction depends on no other."""
     method: few_shot.Method = "maml"
     """Which of the run's networks: maml, fomaml or pretrained."""
     steps: int | None = None
     """Adaptation steps; by default as many as the run's --test-steps."""
     inner_lr: float | None = None
-    """Step size; by default that of the run."""
+    """Step size; by default that of the run's adaptation. The pretrained network has none: its best is in the run's report."""
     out: Path = Path("predictions.csv")
     """The file to write: a line for each image with its path, the predicted class, and the probability of each class."""
 
@@ -57,6 +56,11 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     run = read_options(options.checkpoint)
     if options.method not in ("maml", "fomaml", "pretrained"):
         raise ValueError(f"--method must be maml, fomaml or pretrained, got {options.method}.")
+    if options.method == "pretrained" and options.inner_lr is None:
+        raise ValueError(
+            "a pretrained network has no step size of its own. "
+            f"Give --inner-lr; {options.checkpoint / 'report.md'} has the best one."
+        )
     steps = run.test_steps if options.steps is None else options.steps
     check_count("--steps", steps)
     lr = run.inner_lr if options.inner_lr is None else options.inner_lr
@@ -80,21 +84,22 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     params = jax.tree.map(lambda leaf: leaf[0], states.params)
     network = few_shot.build_network(run, image, run.ways)
     adapted, _ = fine_tune(network, cross_entropy, params, support, all_but(few_shot.NORM_PARAMETERS, lr), steps)
-    x = load(queries, run)
-    if run.statistics == "inductive":
-        x = jnp.concatenate([support.x, x])
-    probabilities = jax.nn.softmax(network.apply(adapted, x))[-len(queries) :]
+
+    def logits(x: jax.Array) -> jax.Array:
+        return network.apply(adapted, jnp.concatenate([support.x, x[None]]))[-1]
+
+    probabilities = jax.nn.softmax(jax.lax.map(logits, load(queries, run)))
     return [folder.name for folder in folders], [str(file) for file in queries], np.asarray(probabilities)
 
 
 def read_options(directory: Path) -> few_shot.Options:
     """Read the options with which a run was trained."""
     try:
-        config = json.loads((directory / "config.json").read_text())
+        config = read_config(directory)
         if config.pop("experiment") != "few_shot":
             raise ValueError("it is of another experiment")
         return few_shot.Options(**config)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory} is no output directory of few_shot.py ({error}).") from error
 
 
@@ -107,9 +112,10 @@ def listed(directory: Path) -> list[Path]:
 
 
 def images_in(directory: Path) -> list[Path]:
-    """All image files in a directory and below, in the order of their names; at least one."""
+    """All image files in a directory and below, but for hidden ones, in the order of their names; at least one."""
     listed(directory)
-    files = sorted(path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    files = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts))
     if not files:
         raise DataError(f"{directory} holds no images ({' '.join(SUFFIXES)}).")
     return files
@@ -126,6 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Adapt, predict, and write the CSV file; returns 2 if something is wrong with the input."""
     options = tyro.cli(Options, args=argv)
     try:
+        if options.out.is_dir():
+            raise ValueError(f"--out must be the file to write, but {options.out} is a directory.")
         names, files, probabilities = predict(options)
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")

@@ -5,7 +5,6 @@ never saw, after 0 to 10 steps of gradient descent on their labelled images.
 """
 
 import functools
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import runner
-from few_shot_presets import PRESETS, PUBLISHED, SOURCE, Method, Options, eval_queries, eval_tasks, image_shape
+from few_shot_presets import PRESETS, PUBLISHED, SOURCE, Method, Options, cell, eval_queries, eval_tasks, image_shape
 from jax import Array
 from jax.tree_util import Partial
 
 from mamljax import image_models, models, report
 from mamljax.baselines.pretrain import pretrain
 from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
-from mamljax.data.bank import images_of
+from mamljax.data.bank import Bank, images_of
 from mamljax.data.folders import image_folders, split_folders
 from mamljax.data.miniimagenet import miniimagenet
 from mamljax.data.omniglot import omniglot, split_omniglot
@@ -73,11 +72,11 @@ def execute(options: Options, run: runner.Run) -> None:
             mean,
             ci95,
             method=method,
-            setting=options.preset,
+            setting=cell(options),
             protocol=options.protocol,
             metric="accuracy in %",
             tasks=eval_tasks(options),
-            published={} if published is None else {min(options.test_steps, len(mean) - 1): published},
+            published={} if published is None else {options.test_steps if len(mean) > 1 else 0: published},
             source=SOURCE,
             note=f"step size {lr:g}" if method in TUNED else "",
             **run.effort(method),
@@ -109,6 +108,7 @@ def load(options: Options) -> Data:
 
     def sampler(part: str, queries: int) -> SampleFn:
         classes = split[part]
+        check_images(bank, classes, options.shots + queries, part)
         arguments = shared | {"queries": queries, "counts": bank.counts[classes]}
         try:
             if options.images_on == "host":
@@ -133,6 +133,17 @@ def load(options: Options) -> Data:
         test=sampler("test", eval_queries(options)),
         labelled=classifier_sample,
     )
+
+
+def check_images(bank: Bank, classes: np.ndarray, needed: int, part: str) -> None:
+    """Every class of a split has as many images as an episode takes of it."""
+    few = {bank.names[number]: int(bank.counts[number]) for number in classes if bank.counts[number] < needed}
+    if few:
+        raise ValueError(
+            f"episodes of the {part} split need {needed} images of each class, support and query images together, but some "
+            f"have fewer: {', '.join(f'{name} {count}' for name, count in list(few.items())[:5])}{', ...' * (len(few) > 5)}. "
+            "Add images to them, leave them out, or lower --shots or --queries."
+        )
 
 
 def build_network(options: Options, image: Array, ways: int | None) -> Model:
@@ -251,4 +262,4 @@ def _draw_image(axes: "Axes", image: Array, title: str, colour: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(runner.main("few_shot", PRESETS, execute))
+    runner.run_script("few_shot", PRESETS, execute)

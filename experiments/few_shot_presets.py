@@ -25,6 +25,10 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("miniimagenet", "pooled_conv", 5, 1, "nearest_neighbour"): 41.08,
     ("miniimagenet", "pooled_conv", 5, 5, "nearest_neighbour"): 51.04,
 }
+Preset = Literal[
+    *("omniglot-5w1s", "omniglot-5w5s", "omniglot-20w1s", "omniglot-20w5s", "omniglot-5w1s-fc", "omniglot-5w5s-fc"),
+    *("miniimagenet-5w1s", "miniimagenet-5w5s"),
+]
 Method = Literal["maml", "fomaml", "pretrained", "random", "fine_tuning", "nearest_neighbour"]
 
 
@@ -32,7 +36,7 @@ Method = Literal["maml", "fomaml", "pretrained", "random", "fine_tuning", "neare
 class Options(runner.Options):
     """Few-shot classification of images, by default Omniglot 5-way 1-shot as in the paper and its code."""
 
-    preset: str = "omniglot-5w1s"
+    preset: Preset = "omniglot-5w1s"
     """Values for all options below and above, one preset for each cell of the paper's table."""
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, one network for all episodes, an untrained one; and a classifier
@@ -56,7 +60,8 @@ class Options(runner.Options):
     """Grey or coloured images of your own."""
     images_on: Literal["device", "host"] = "device"
     """Where the images lie: in the device's memory, or, if it has no room for them, mapped from the bank's file, whence the
-    host reads episodes ahead of the device."""
+    host reads episodes ahead of the device. The classifiers of fine_tuning and nearest_neighbour keep those of the training
+    classes on the device."""
     network: Literal["strided_conv", "pooled_conv", "fully_connected"] = "strided_conv"
     """The Omniglot network, the miniImageNet network, or the one without convolutions."""
     filters: int = 64
@@ -64,8 +69,8 @@ class Options(runner.Options):
     norm: Literal["shift", "scale_and_shift"] = "shift"
     """What normalisation learns after normalising; the authors' code has a shift only."""
     statistics: Literal["transductive", "inductive"] = "transductive"
-    """What normalisation is computed from in evaluation: all query images at once, as in the authors' code, or the
-    support images alone."""
+    """What normalisation of query images is computed from: all of them at once, as in the authors' code, or the support
+    images alone, in training too."""
     num_tasks: int = 32
     ways: int = 5
     """N, classes of an episode."""
@@ -105,7 +110,11 @@ class Options(runner.Options):
     log_every: int = 100
     checkpoint_seconds: float = 30.0
 
-    free = (*runner.Options.free, "data_dir", "cache_dir", "images_on", "chunk_size", "eval_steps", "eval_tasks")
+    # The first of the tuning_lrs decides which checkpoint of a method is best.
+    free = (
+        *(name for name in runner.Options.free if name != "tuning_lrs"),
+        *("data_dir", "cache_dir", "images_on", "chunk_size", "eval_steps", "eval_tasks"),
+    )
 
 
 def _preset(name: str, **options: object) -> Options:
@@ -130,6 +139,14 @@ PRESETS = {
         _preset("miniimagenet-5w5s", shots=5, clip=10 / 15, **MINI),
     )
 }
+
+
+def cell(options: Options) -> str:
+    """What results are of: the preset's cell of the table, or what became of it."""
+    names = ("dataset", "network", "ways", "shots")
+    if all(getattr(options, name) == getattr(PRESETS[options.preset], name) for name in names):
+        return options.preset
+    return f"{options.dataset}, {options.ways}-way {options.shots}-shot, {options.network}"
 
 
 def image_shape(options: Options) -> tuple[int, int, int, int]:

@@ -32,7 +32,9 @@ def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path) ->
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             if image.mode in ("F", "I") or image.mode.startswith("I;"):
-                raise ValueError("more than 8 bits a channel")  # Pillow would clip them
+                raise DataError(
+                    f"the image {name} has more than 8 bits a channel. Convert it to 8 bits."
+                )  # Pillow would clip them
             opaque = image.convert("RGBA") if image.has_transparency_data else image  # else Pillow warns of some palettes
             resized = opaque.convert(MODES[channels]).resize((size, size), Image.Resampling.LANCZOS)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

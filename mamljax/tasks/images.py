@@ -76,6 +76,9 @@ class HostEpisodes:
         self.images, self.ways, self.shots, self.per_class, self.rotations = images, ways, shots, shots + queries, rotations
         chosen = np.broadcast_to(images[:1], (len(self.classes), *images.shape[1:]))  # of the shape alone
         _checked_episodes(chosen, self.counts, ways=ways, shots=shots, queries=queries, rotations=rotations)
+        counts = jnp.asarray(self.counts, jnp.int32)
+        self._indices = functools.partial(draw_indices, counts=counts, ways=ways, per_class=self.per_class)
+        self._all_indices = jax.jit(jax.vmap(self._indices))
 
     def __call__(self, key: Array) -> Task:
         """Draw one episode."""
@@ -86,15 +89,12 @@ class HostEpisodes:
 
     def prepare(self, keys: Array) -> Partial:
         """Read the episodes of some keys [n]; returns a sampler for these keys alone."""
-        index, turns = jax.jit(jax.vmap(self._indices))(keys)
+        index, turns = self._all_indices(keys)
         return Partial(self._prepared, jax.random.key_data(keys), jax.device_put(self._read(*index)), turns)
 
     def _prepared(self, keys: Array, drawn: Array, turns: Array, key: Array) -> Task:
         row = (keys == jax.random.key_data(key)[None]).all(-1).argmax()
         return self._as_task(drawn[row], turns[row])
-
-    def _indices(self, key: Array) -> tuple[tuple[Array, Array], Array]:
-        return draw_indices(key, jnp.asarray(self.counts, jnp.int32), ways=self.ways, per_class=self.per_class)
 
     def _read(self, classes: ArrayLike, numbers: ArrayLike) -> np.ndarray:
         return self.images[self.classes[np.asarray(classes)], np.asarray(numbers)]

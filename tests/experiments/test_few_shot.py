@@ -11,6 +11,7 @@ import runner
 from PIL import Image
 
 from mamljax import report
+from mamljax.checkpoint import claim_directory
 from mamljax.record import read_metrics
 
 TINY = [
@@ -135,7 +136,10 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
     ("argv", "message"),
     [
         (["--ways", 4], "the val split of folder: 4-way episodes need 4 classes, but there are 3. Lower ways"),
-        (["--shots", 5], "the train split of folder: 5 support and 2 query images a class need 7 images, but class 0 has 6"),
+        (
+            ["--shots", 5],
+            "train split need 7 images of each class, support and query images together, but some have fewer: train/class0 6",
+        ),
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--filters", 0], "--filters must be a whole number of at least 1"),
@@ -163,11 +167,35 @@ def test_presets_state_the_settings_of_the_paper():
         "miniimagenet-5w1s": (4, 5, 10),
         "miniimagenet-5w5s": (4, 5, 10),
     }
+    assert {name: p.clip for name, p in presets.items() if p.clip} == {  # 10 by element of a loss summed over classes
+        "miniimagenet-5w1s": pytest.approx(10 / (5 * 15)),
+        "miniimagenet-5w5s": pytest.approx(10 * 5 / (5 * 15)),
+    }
     assert all(p.out.name == name and p.steps == 60_000 for name, p in presets.items())
     for p in presets.values():
         assert p.num_tasks % p.chunk_size == 0
         assert few_shot.eval_queries(p) == p.shots
         assert ("omniglot" not in p.preset) or p.queries == p.shots
+
+
+def test_results_are_of_what_was_trained(finished):
+    rows = report.read_results(finished / "results.json")["rows"]
+    assert {row.setting for row in rows} == {"folder, 3-way 1-shot, fully_connected"}
+    for name, options in few_shot.PRESETS.items():
+        assert few_shot.cell(options) == name
+
+
+def test_an_unknown_preset_is_refused(images, banks, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(images, banks, "--preset", "omniglot-5w2s", "--out", tmp_path / "run")
+    assert stop.value.code == 2
+    assert "omniglot-5w2s" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_after_a_refusal_the_corrected_command_runs(images, banks, tmp_path):
+    assert main(images, banks, "--out", tmp_path, "--shots", 5) == 2
+    assert main(images, banks, "--out", tmp_path, "--method", "random") == 0
 
 
 def predict(finished, support, query, out, *argv):
@@ -221,6 +249,19 @@ def test_adapt_takes_images_of_other_sizes_and_modes(finished, images, tmp_path,
     assert len(lines_of(tmp_path / "p.csv")) == 6
 
 
+def test_adapt_predicts_each_image_alone(finished, images, tmp_path):
+    """Whether it comes with others or not, and whatever hidden files lie beside it."""
+    support, query = copy(images, tmp_path)
+    assert predict(finished, support, query, tmp_path / "all.csv") == 0
+    first, *others = sorted(query.iterdir())
+    for other in others:
+        other.rename(other.with_name("." + other.name))
+    (support / "class9" / "._0.png").write_bytes(b"what an archiver leaves")
+    assert predict(finished, support, query, tmp_path / "one.csv") == 0
+    assert lines_of(tmp_path / "one.csv") == lines_of(tmp_path / "all.csv")[:1]
+    assert lines_of(tmp_path / "one.csv")[0]["file"] == str(first)
+
+
 def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
     support, query = copy(images, tmp_path)
     out = tmp_path / "p.csv"
@@ -230,8 +271,14 @@ def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
         assert not out.exists()
         return capsys.readouterr().err
 
-    assert "is no output directory of few_shot.py" in error(tmp_path, support, query, out)
+    assert "holds no training run (config.json: No such file or directory)" in error(tmp_path, support, query, out)
+    claim_directory(tmp_path / "other", {"experiment": "sinusoid"})
+    assert "is no output directory of few_shot.py (it is of another experiment)" in error(
+        tmp_path / "other", support, query, out
+    )
     assert "--steps must be a whole number of at least 1, got 0" in error(finished, support, query, out, "--steps", 0)
+    assert "Give --inner-lr" in error(finished, support, query, out, "--method", "pretrained")
+    assert "--out must be the file to write" in error(finished, support, query, out.parent)
     assert "cannot read the directory" in error(finished, tmp_path / "none", query, out)
     (support / "class9").rename(tmp_path / "class9")
     message = error(finished, support, query, out)

@@ -12,6 +12,7 @@ from mamljax.image_models import FullyConnectedNet
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import maml
 from mamljax.models import from_linen
+from mamljax.tasks import images
 from mamljax.tasks.images import HostEpisodes, distinct, episodes, inductive, turn
 from mamljax.train import fit
 
@@ -200,6 +201,15 @@ def test_episodes_read_on_the_host_are_the_same(monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, run(device).state, run(host).state)
         assert reads == [3 * 2 * seeds] * 3
         reads.clear()
+
+
+def test_reading_ahead_is_traced_once(monkeypatch):
+    traces, draw = [], images.draw_indices
+    monkeypatch.setattr(images, "draw_indices", lambda *args, **sizes: traces.append(None) or draw(*args, **sizes))
+    host = HostEpisodes(BANK, ways=3, shots=1, queries=2)
+    for seed in range(3):
+        host.prepare(jax.random.split(jax.random.key(seed), 4))
+    assert len(traces) == 1
 
 
 def test_host_episodes_check_their_arguments():
