@@ -20,6 +20,7 @@ import jax
 import tyro
 
 from mamljax import report
+from mamljax.checkpoint import CheckpointError, make_directory
 from mamljax.checks import check_count
 from mamljax.files import write_atomically
 
@@ -152,11 +153,14 @@ def main(
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, int) and not isinstance(item, bool):
                     check_count("--" + name.replace("_", "-"), item)
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_directory(options.out)
         rows = measure(options)
-    except (ValueError, OSError, ImportError) as error:  # ImportError: of MuJoCo, with the extra that has it
+    except (ValueError, OSError, ImportError, CheckpointError) as error:  # ImportError: of MuJoCo, with the extra that has it
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped. Nothing was written: results are there when all is measured.", file=sys.stderr)
+        return 130
     report.write_results(path, experiment=benchmark, config=config, rows=rows, seconds=time.monotonic() - started)
     results = report.read_results(path)
     write_atomically(path.with_name("report.md"), report.markdown(results))

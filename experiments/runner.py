@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -159,6 +159,8 @@ def _check_ranges(options: Options) -> None:
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
         for item in value if isinstance(value, tuple) else (value,):
+            if name in ("discount", "gae_lambda"):
+                continue  # they may be 0, and have checks of their own
             if isinstance(item, float) and not (item > 0 and (math.isfinite(item) or name == "max_minutes")):
                 raise ValueError(f"{flag} must be positive and finite, got {item}.")
             if isinstance(item, int) and not isinstance(item, bool):
@@ -218,6 +220,16 @@ def main(
     return 0
 
 
+def run_script(experiment: str, presets: Mapping[str, AnyOptions], execute: Callable[[AnyOptions, Run], None]) -> NoReturn:
+    """Run `main` on the command line of this process, and end the process with its exit code."""
+    code = main(experiment, presets, execute)
+    if code == 130:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what Ctrl-C has left of a program under way may make an orderly exit crash
+    sys.exit(code)
+
+
 @contextlib.contextmanager
 def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
     """Make the devices and processes that were asked for; where files are written by another process, to a place of no account.
@@ -233,7 +245,10 @@ def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
         yield options
         return
     numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-    num_processes, process_id = (None if number is None else int(number) for number in numbers)
+    try:
+        num_processes, process_id = (None if number is None else int(number) for number in numbers)
+    except ValueError as error:
+        raise ValueError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers, got {numbers}.") from error
     stages = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
     limits = dict.fromkeys(stages, options.join_seconds)
     # JAX may end the process itself, with little said, so this comes first.

@@ -6,7 +6,6 @@ Each method trains one network on curves y = A sin(x - phase), each seen at a fe
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -187,4 +186,4 @@ def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path
 
 
 if __name__ == "__main__":
-    sys.exit(runner.main("sinusoid", PRESETS, execute))
+    runner.run_script("sinusoid", PRESETS, execute)

@@ -269,6 +269,19 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
     assert results_of(tmp_path / "killed") == results_of(tmp_path / "straight")
 
 
+def test_ctrl_c_outside_of_training_ends_in_good_order(tmp_path):
+    """While it evaluates, in a process of its own: JAX may crash when it is left in the middle of a program."""
+    command = [sys.executable, SCRIPT, *TINY, "--method", "random", "--eval-tasks", "300000", "--out", tmp_path / "run"]
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
+    while process.poll() is None and not (tmp_path / "run" / "config.json").exists():
+        time.sleep(0.01)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert "The same command goes on from there." in (tmp_path / "stderr").read_text()
+
+
 def test_help_explains_every_option(capsys):
     with pytest.raises(SystemExit) as stop:
         runner.parse(sinusoid.PRESETS, ["--help"])
