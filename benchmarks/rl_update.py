@@ -90,6 +90,10 @@ def measure(options: Options) -> list[report.Row]:
         sizes = {"num_tasks": 20, "horizon": 100} if name == "navigation" else {"num_tasks": 40, "horizon": 200}
         sizes |= {size: getattr(options, size) for size in sizes if getattr(options, size) is not None}
         devices = options.devices or max(n for n in range(1, jax.device_count() + 1) if sizes["num_tasks"] % n == 0)
+        if sizes["num_tasks"] % devices:
+            raise ValueError(
+                f"--num-tasks must be a multiple of --devices, got {sizes['num_tasks']} tasks and {devices} devices."
+            )
         sizes |= {"trajectories": options.trajectories, "devices": devices}
         environment = navigation() if name == "navigation" else locomotion(name)
         runs = {

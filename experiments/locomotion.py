@@ -102,7 +102,7 @@ def execute(options: Options, run: runner.Run) -> None:
     trained = reinforcement.run_methods(
         options, run, env, setting=options.task, protocol=options.protocol, published=published, source=SOURCE
     )
-    if "maml" in trained:
+    if "maml" in trained and options.horizon >= STRIP_FRAMES:
         draw_strip(options, env, trained["maml"], options.out / "strip.png")
 
 
@@ -129,7 +129,8 @@ def adapted_positions(options: Options, env: Environment, params: PyTree, lr: Ar
     """Where the robot is at each step of a trajectory of mean actions, before and after one adaptation step: [2, T, nq]."""
     model, collect = reinforcement.policy_and_collector(reinforcement.at_test(options), env)
     rule = reinforcement.halving_rule(lr)
-    batch = jax.tree.map(lambda leaf: leaf[:1], fine_tune(model, collect, rule, 0, key, params, task))
+    batch_key, reset_key, step_key = jax.random.split(key, 3)
+    batch = jax.tree.map(lambda leaf: leaf[:1], fine_tune(model, collect, rule, 0, batch_key, params, task))
     _, path = adapt(functools.partial(reinforce_loss, model), params, batch, rule)
 
     def trajectory(params: PyTree) -> Array:
@@ -138,10 +139,10 @@ def adapted_positions(options: Options, env: Environment, params: PyTree, lr: Ar
             outcome = env.step(key, state, model.apply(params, observation[None])[0][0], task)
             return (outcome.state, outcome.observation), state.position
 
-        return lax.scan(step, env.reset(key, task), jax.random.split(key, options.horizon))[1]
+        return lax.scan(step, env.reset(reset_key, task), jax.random.split(step_key, options.horizon))[1]
 
     return jax.vmap(trajectory)(path)
 
 
 if __name__ == "__main__":
-    sys.exit(runner.main("locomotion", PRESETS, execute))
+    runner.run_script("locomotion", PRESETS, execute)

@@ -6,7 +6,6 @@ of a few policy-gradient steps on 20 trajectories.
 
 import dataclasses
 import functools
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -85,8 +84,8 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
     figure = report.new_figure(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods))
     panels = figure.subplots(len(methods), DRAWN_GOALS, sharex=True, sharey=True, squeeze=False)
     model, collect = reinforcement.policy_and_collector(reinforcement.at_test(options), env)
-    keys = jax.random.split(jax.random.key(TEST_SEED), DRAWN_GOALS)
-    goals = jax.vmap(env.sample_task)(keys)
+    goal_keys, keys = jax.random.split(jax.random.key(TEST_SEED), (2, DRAWN_GOALS))
+    goals = jax.vmap(env.sample_task)(goal_keys)
     for method, line in zip(methods, panels, strict=True):
         params = jax.tree.map(lambda leaf: leaf[0], trained[method].states.params)
         adapt = functools.partial(fine_tune, model, collect, reinforcement.halving_rule(trained[method].lr), options.eval_steps)
@@ -97,7 +96,7 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
             for step, colour in DRAWN_STEPS.items():
                 if step > options.eval_steps:
                     continue
-                for trajectory in range(min(DRAWN_TRAJECTORIES, options.trajectories)):
+                for trajectory in range(min(DRAWN_TRAJECTORIES, options.eval_trajectories)):
                     taken = observations[step, :, trajectory][first[step, :, trajectory]]
                     label = {"label": f"after {step} steps"} if trajectory == 0 else {}
                     axes.plot(*taken.T, color=colour, linewidth=1, **label)
@@ -108,4 +107,4 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
 
 
 if __name__ == "__main__":
-    sys.exit(runner.main("navigation", PRESETS, execute))
+    runner.run_script("navigation", PRESETS, execute)

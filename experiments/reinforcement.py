@@ -27,7 +27,7 @@ from mamljax.types import MetaLearner, Metrics, Model, State
 ADAPTING = ("maml", "fomaml")  # in training already
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
 FIRST = "return of the first of the trajectories in a row"
-METRICS = ("return_of_all", "return", "unstable")
+METRICS = ("return", "return_of_first", "unstable")
 TUNING_SEED, TEST_SEED = 1_000_001, 1_000_002
 Method = Literal["maml", "fomaml", "pretrained", "random", "oracle"]
 
@@ -71,7 +71,7 @@ class Options(runner.Options):
     """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
     curvature_every: int = 1
     """TRPO: n, if exact Hessian-vector products are to be of every n-th task only, which is faster. The fewer tasks, the
-    worse the direction of the step."""
+    worse the direction of the step. n must divide the tasks of each device."""
     meta_lr: float = 0.001
     """Adam: step size."""
     chunk_size: int = 1

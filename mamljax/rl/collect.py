@@ -71,7 +71,7 @@ def collector(
         # A policy that is no longer finite ends all its trajectories at once, which must not count as a return of 0.
         acted = jnp.isfinite(data.actions).all(axis=(0, 2))
         returns = jnp.where(acted, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
-        mean_return = jnp.sum(data.rewards) / jnp.sum(data.ends) + 0 * jnp.sum(returns)  # as NaN as they are
+        mean_return = jnp.where(acted.all(), jnp.sum(data.rewards) / jnp.sum(data.ends), jnp.nan)
         return Batch(data, *standardise(advantages, data.mask), returns, mean_return)
 
     return collect

@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 
 from mamljax.checks import check_count
-from mamljax.devices import divide, mean_over_devices
+from mamljax.devices import divide, mean_over_devices, num_shares
 from mamljax.inner import Differentiation, adapt
 from mamljax.rl import gaussian
 from mamljax.rl.advantages import masked_mean
@@ -56,23 +56,24 @@ def maml_rl(
             classification, and not after the last alone. Each counts by how much returns still differ after it: what is
             maximised is the sum of the returns.
         differentiation: "reverse" or "mixed" (both exact) or "first_order"; see `inner.adapt`. The exact Hessian-vector
-            products of TRPO need forward mode, which "mixed" has not.
+            products of TRPO need forward mode, which "mixed" has not: they are of "reverse" then, which is the same.
         chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same.
-        curvature_every: n, if TRPO's exact Hessian-vector products are to be of every n-th task; by default of all, as in the
-            paper. They are most of a meta-update's arithmetic, and only choose a direction and a length: the loss and the bound
-            of the divergence are always checked on all tasks. A tenth of the data is enough in Schulman et al. 2015 (appendix
-            C). Fewer trajectories of every task would be as fast, but their policies are adapted on noisier gradients, whose
-            curvature is larger: it holds back what changes how the policy adapts, the very thing to be learned.
+        curvature_every: n, if TRPO's exact Hessian-vector products are to be of every n-th task, where n divides the tasks of
+            each device; by default of all, as in the paper. They are most of a meta-update's arithmetic, and only choose a
+            direction and a length: the loss and the bound of the divergence are always checked on all tasks. Fewer trajectories
+            of every task would be as fast, but their policies are adapted on noisier gradients, whose curvature is larger: it
+            holds back what changes how the policy adapts, the very thing to be learned.
 
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
         `return_after` adaptation, `surrogate` (after the update; 0 before it, the lower the better), `kl` (in nats, made by
-        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives `return`, of the first trajectory
-        of each row; `return_of_all` (the authors' measure; where trajectories end early, more of them are short); and
-        `unstable`; [eval_steps + 1], each on fresh trajectories.
+        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives the mean `return` (of all
+        trajectories, the authors' measure; where they end early, more of them are short), `return_of_first`, of the first
+        trajectory of each row, and `unstable`; [eval_steps + 1], each on fresh trajectories.
 
     Raises:
-        ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients.
+        ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients; in
+            `update`, tasks of which `curvature_every` is no divisor.
     """
     check_count("inner_steps", inner_steps, minimum=0)
     check_count("eval_steps", eval_steps, minimum=0)
@@ -97,10 +98,14 @@ def maml_rl(
             mean = partial(_mean_over_tasks, fn, chunk_size, every)
             return lambda *args: mean_over_devices(mean, args, batches)
 
+        _check_share(len(keys), curvature_every)
+
         loss_and_kl = over_tasks(objective.loss_and_kl)
         loss, grads = over_tasks(jax.value_and_grad(objective.loss))(state.params)
         updates, opt = tx.update(
-            *(grads, state.opt, state.params),
+            grads,
+            state.opt,
+            state.params,
             value=loss,
             grad=grads,
             value_fn=over_tasks(objective.loss),
@@ -120,7 +125,7 @@ def maml_rl(
     def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
         batches = fine_tune(model, collect, rule, eval_steps, key, state.params, task)
         unstable = jax.vmap(_unstable)(batches)
-        return {"return": batches.returns.mean(1), "return_of_all": batches.mean_return, "unstable": unstable}
+        return {"return": batches.mean_return, "return_of_first": batches.returns.mean(1), "unstable": unstable}
 
     return MetaLearner(init, update, evaluate)
 
@@ -144,7 +149,7 @@ def _objective(
         weights = (batches.spread + 1e-8) / (batches.spread.mean() + 1e-8)
         return batches._replace(advantages=batches.advantages * weights[:, None, None])
 
-    def actions(params: PyTree, batches: Batch) -> tuple[Array, Array]:
+    def actions(params: PyTree, batches: Batch, differentiation: Differentiation = differentiation) -> tuple[Array, Array]:
         before = jax.tree.map(lambda leaf: leaf[:-1], batches)
         _, path = adapt(partial(reinforce_loss, model), params, before, rule, differentiation=differentiation)
         policies = jax.tree.map(lambda leaf: leaf[judged_from:], path)
@@ -158,7 +163,9 @@ def _objective(
         return surrogate_loss(judged(batches), actions(params, batches))
 
     def kl_product(params: PyTree, vector: PyTree, batches: Batch) -> PyTree:
-        return gauss_newton_product(partial(actions, batches=batches), partial(divergence, judged(batches)), params, vector)
+        forward = "reverse" if differentiation == "mixed" else differentiation  # the one with derivatives in forward mode
+        acted = partial(actions, batches=batches, differentiation=forward)
+        return gauss_newton_product(acted, partial(divergence, judged(batches)), params, vector)
 
     return _Objective(loss, loss_and_kl, kl_product)
 
@@ -246,6 +253,15 @@ def _summary(batches: Batch) -> Metrics:
     """Mean returns before and after adaptation, and the share of unstable trajectories, over a meta-batch [B, S + 1, ...]."""
     before, after = batches.returns[:, 0].mean(), batches.returns[:, -1].mean()
     return {"return_before": before, "return_after": after, "unstable": _unstable(batches)}
+
+
+def _check_share(num_tasks: int, curvature_every: int) -> None:
+    """The same tasks are to be taken by any number of devices."""
+    share = num_tasks // num_shares()
+    if share % curvature_every:
+        raise ValueError(
+            f"curvature_every must divide the tasks of each device, {share}, got {curvature_every}. Take 1 for all tasks."
+        )
 
 
 def _mean_over_tasks(fn: Callable[..., PyTree], chunk_size: int | None, every: int, args: tuple, data: PyTree) -> PyTree:

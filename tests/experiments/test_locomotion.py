@@ -16,7 +16,7 @@ from mamljax.rl.rendering import RenderingError
 from mamljax.types import State
 
 TINY = (
-    "--steps 1 --num-tasks 2 --trajectories 2 --horizon 3 --hidden-sizes 4 "
+    "--steps 1 --num-tasks 2 --trajectories 2 --curvature-every 2 --horizon 3 --hidden-sizes 4 "
     "--eval-tasks 2 --eval-steps 1 --eval-trajectories 2 --tuning-lrs 0.1"
 )
 

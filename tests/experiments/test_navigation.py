@@ -23,6 +23,8 @@ TINY = {
     "--eval-steps": "2",
     "--eval-trajectories": "3",
     "--log-every": "2",
+    "--validate-every": "2",
+    "--curvature-every": "3",
 }
 ARGUMENTS = [word for option in TINY.items() for word in option] + ["--tuning-lrs", "0.01", "0.1"]
 
@@ -63,6 +65,7 @@ def test_writes_what_it_promises(finished):
     log = read_metrics(finished / "checkpoints" / "maml" / "metrics.jsonl")
     assert [line["update"] for line in log] == [2, 4]
     assert {"return_before", "return_after", "kl", "unstable"} <= log[0].keys()
+    assert all(line["validation_error"] > 0 for line in log)  # minus a return
 
 
 def test_rows(finished):
@@ -75,6 +78,22 @@ def test_rows(finished):
     assert returns["maml", 1].note == ""
     assert [returns[method, 0].meta_updates for method in ("maml", "random")] == [4, 0]
     assert all(row.tasks == 5 and row.seeds == 2 for row in rows)
+
+
+def test_step_sizes_are_halved_after_the_first():
+    rule, steps = reinforcement.halving_rule(0.5), []
+    state = rule.init(np.float32(0))
+    for _ in range(3):
+        step, state = rule.update(np.float32(1), state)
+        steps.append(float(step))
+    assert steps == [-0.5, -0.25, -0.25]
+
+
+@pytest.mark.parametrize("name", ["gae_lambda", "discount"])
+def test_factors_may_be_zero_but_nothing_else(tmp_path, name):
+    runner.Run("navigation", dataclasses.replace(navigation.PRESETS["paper"], out=tmp_path, **{name: 0.0}))
+    with pytest.raises(ValueError, match="--max-kl must be positive"):
+        runner.Run("navigation", dataclasses.replace(navigation.PRESETS["paper"], out=tmp_path, max_kl=0.0))
 
 
 def trained(method, returns, unstable=0.0):

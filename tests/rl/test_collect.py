@@ -47,14 +47,14 @@ def constant_policy(value):
 
 
 @functools.cache
-def compiled(discount=0.9):
-    model = constant_policy(1.0)
-    collect = collector(model, counter_env(), horizon=HORIZON, trajectories=TRAJECTORIES, discount=discount)
+def compiled(gae_lambda=1.0):
+    model, sizes = constant_policy(1.0), {"horizon": HORIZON, "trajectories": TRAJECTORIES}
+    collect = collector(model, counter_env(), discount=0.9, gae_lambda=gae_lambda, **sizes)
     return jax.jit(collect)
 
 
-def batch_of(ends=100.0, breaks=100.0, params=1.0):
-    return compiled()(KEY, jnp.full((1,), params), {"ends": jnp.float32(ends), "breaks": jnp.float32(breaks)})
+def batch_of(ends=100.0, breaks=100.0, params=1.0, gae_lambda=1.0):
+    return compiled(gae_lambda)(KEY, jnp.full((1,), params), {"ends": jnp.float32(ends), "breaks": jnp.float32(breaks)})
 
 
 def test_a_trajectory_of_known_states():
@@ -117,12 +117,14 @@ def test_a_policy_that_is_not_finite_has_no_return():
     assert jnp.isnan(batch.mean_return)
 
 
-def test_advantages_are_those_of_their_parts():
-    batch = batch_of(ends=5.0)
+@pytest.mark.parametrize("gae_lambda", [0.5, 1.0])
+def test_advantages_are_those_of_their_parts(gae_lambda):
+    batch = batch_of(ends=5.0, gae_lambda=gae_lambda)
     data = batch.trajectories
     returns = advantages.discounted_sums(data.rewards, data.ends, 0.9)
     values = advantages.linear_baseline(data.observations, data.time, returns, data.mask)
-    expected, spread = advantages.standardise((returns - values) * data.mask, data.mask)
+    estimated = advantages.generalised_advantages(data.rewards, values, data.ends, discount=0.9, gae_lambda=gae_lambda)
+    expected, spread = advantages.standardise(estimated, data.mask)
     np.testing.assert_allclose(batch.advantages, expected, atol=2e-3)
     np.testing.assert_allclose(batch.spread, spread, rtol=1e-3)
 

@@ -14,7 +14,7 @@ from mamljax.devices import on, place, task_mesh
 from mamljax.inner import adapt
 from mamljax.rl.collect import collector
 from mamljax.rl.environment import Environment, Step
-from mamljax.rl.maml_rl import act, fine_tune, maml_rl, reinforce_loss, surrogate_loss
+from mamljax.rl.maml_rl import act, divergence, fine_tune, maml_rl, reinforce_loss, surrogate_loss
 from mamljax.rl.observed import with_task_observed
 from mamljax.rl.trpo import hessian_vector_product, trpo
 from mamljax.types import MetaLearner, Model
@@ -130,10 +130,10 @@ def test_same_key_same_result_and_survives_a_checkpoint(case, tmp_path):
 def test_evaluation_has_a_number_for_each_step(case):
     learner, num_steps, _, evaluate, _ = case
     metrics = evaluate(jax.random.split(KEY, 6), learner.init(KEY), tasks_from(0))
-    assert metrics.keys() == {"return", "return_of_all", "unstable"}
+    assert metrics.keys() == {"return", "return_of_first", "unstable"}
     assert all(values.shape == (6, num_steps + 1) and jnp.isfinite(values).all() for values in metrics.values())
     assert (metrics["return"] < 0).all()
-    np.testing.assert_allclose(metrics["return_of_all"], metrics["return"], rtol=1e-5)  # none ends early
+    np.testing.assert_allclose(metrics["return"], metrics["return_of_first"], rtol=1e-5)  # none ends early
 
 
 @pytest.mark.parametrize("name", ["maml by trpo", "oracle"])
@@ -270,6 +270,42 @@ def test_curvature_of_every_second_task_is_another_product_alone(second_order):
     one, other = cheaper["product"], second_order["product"]
     assert jnp.abs(one - other).max() > 1e-3 * jnp.abs(other).max()
     assert one @ other > 0.9 * jnp.linalg.norm(one) * jnp.linalg.norm(other)
+
+
+def test_products_of_mixed_mode_are_those_of_reverse(second_order):
+    mixed = derivatives("mixed", chunk_size=2)
+    np.testing.assert_allclose(mixed["product"], second_order["product"], rtol=1e-3, atol=1e-5)
+
+
+def test_curvature_of_a_number_of_tasks_that_does_not_divide_them_is_refused():
+    with pytest.raises(ValueError, match="curvature_every must divide the tasks of each device, 6, got 4"):
+        derivatives("reverse", curvature_every=4)
+
+
+def test_losses_and_divergence_are_of_steps_within_trajectories_alone():
+    """Against NumPy, for a policy that has moved, on made-up steps of which a third lies behind an end."""
+    rng = np.random.default_rng(0)
+    array = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    mask = rng.permutation(np.repeat([1.0, 1.0, 0.0], 4)).reshape(6, 2).astype(np.float32)
+    data = jax.eval_shape(COLLECT, KEY, MODEL.init(KEY), jnp.float32(1.0))
+    old = {"mean": array(6, 2, 1), "log_std": 0.3 * array(6, 2, 1)}
+    steps = data.trajectories._replace(observations=array(6, 2, 1), actions=array(6, 2, 1), mask=mask, **old)
+    batch = data._replace(trajectories=steps, advantages=array(6, 2))
+    params = MODEL.init(KEY)
+    mean, log_std = map(np.asarray, act(MODEL, params, batch))
+
+    def log_prob(mean, log_std):
+        return (-((steps.actions - mean) ** 2) / (2 * np.exp(2 * log_std)) - log_std - 0.5 * np.log(2 * np.pi))[..., 0]
+
+    def average(values):
+        return (values * mask).sum() / mask.sum()
+
+    ratio = np.exp(log_prob(mean, log_std) - log_prob(**old))
+    variances = np.exp(2 * old["log_std"]), np.exp(2 * log_std)
+    kl = (log_std - old["log_std"] + (variances[0] + (old["mean"] - mean) ** 2) / (2 * variances[1]) - 0.5)[..., 0]
+    found = (reinforce_loss(MODEL, params, batch), *(fn(batch, (mean, log_std)) for fn in (surrogate_loss, divergence)))
+    expected = (-average(log_prob(mean, log_std) * batch.advantages), -average(ratio * batch.advantages), average(kl))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_adaptation_gathers_with_the_policy_of_each_step(batches):
