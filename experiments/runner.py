@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -249,21 +250,25 @@ def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
         num_processes, process_id = (None if number is None else int(number) for number in numbers)
     except ValueError as error:
         raise ValueError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers, got {numbers}.") from error
-    stages = ("initialization_timeout", "heartbeat_timeout_seconds", "shutdown_timeout_seconds")
-    limits = dict.fromkeys(stages, options.join_seconds)
-    # JAX may end the process itself, with little said, so this comes first.
-    wait = f"for {options.join_seconds} s at most; without them it ends, and checkpoints stay as they are"
-    print(
-        f"joining the other processes at {os.environ.get('JAX_COORDINATOR_ADDRESS', 'the coordinator')}, {wait}",
-        file=sys.stderr,
-    )
+    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS", "the coordinator")
+    failure = f"the other processes could not be joined at {coordinator} within {options.join_seconds} s"
+    remedy = "Start as many as JAX_NUM_PROCESSES says, each with its own JAX_PROCESS_ID, all with one JAX_COORDINATOR_ADDRESS."
+
+    def give_up() -> None:
+        print(f"error: {failure}. {remedy} Checkpoints are as they were.", file=sys.stderr, flush=True)
+        os._exit(2)
+
+    print(f"joining the other processes at {coordinator}, for {options.join_seconds} s at most", file=sys.stderr)
+    limits = dict.fromkeys(("heartbeat_timeout_seconds", "shutdown_timeout_seconds"), options.join_seconds)
+    timer = threading.Timer(options.join_seconds, give_up)  # JAX's own limit, which is later, aborts with a trace
+    timer.start()
     try:
+        limits["initialization_timeout"] = options.join_seconds + 60
         jax.distributed.initialize(num_processes=num_processes, process_id=process_id, **limits)
     except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"the other processes could not be joined within {options.join_seconds} s: {error} "
-            "Start as many as JAX_NUM_PROCESSES says, each with its own JAX_PROCESS_ID, all with one JAX_COORDINATOR_ADDRESS."
-        ) from error
+        raise ValueError(f"{failure}: {error} {remedy}") from error
+    finally:
+        timer.cancel()
     with contextlib.ExitStack() as stack:
         if not is_first_host():
             options = dataclasses.replace(options, out=Path(stack.enter_context(tempfile.TemporaryDirectory())))

@@ -74,7 +74,7 @@ def test_presets_are_the_papers_but_for_the_curvature():
     for task, options in locomotion.PRESETS.items():
         assert (options.preset, options.task, options.out.name) == (task, task, task)
         assert (options.num_tasks, options.horizon, options.inner_lr, options.eval_steps) == (40, 200, 0.1, 3)
-        assert options.curvature_every == 4  # 1 in the paper
+        assert options.curvature_every == 2  # 1 in the paper
     assert runner.parse(locomotion.PRESETS, ["--preset", "ant_direction"]).trajectories == 40
     assert runner.parse(locomotion.PRESETS, ["--preset", "half_cheetah_direction"]).max_kl == 0.02
 
