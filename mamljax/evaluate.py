@@ -33,7 +33,7 @@ def evaluate(
         sample: key -> task; a `jax.tree_util.Partial` if it carries arrays.
         key: a JAX random key.
         num_tasks: how many tasks; 600 in the paper.
-        batch_size: tasks computed at a time, where memory is short; by default all of them.
+        batch_size: tasks computed at a time, by each device, where memory is short; by default all of them.
 
     Returns:
         Each metric as [num_tasks, S + 1], before and after each adaptation step. See `mean_and_ci95`.

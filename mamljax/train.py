@@ -109,9 +109,7 @@ def fit(
     if tensorboard and directory is None:
         raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
     _check_key(key)
-    mesh = None if mesh is None else task_mesh(mesh)
-    if mesh is not None and num_tasks % mesh.size:
-        raise ValueError(f"num_tasks must be a multiple of the number of devices, {mesh.size}, got {num_tasks}.")
+    mesh = _checked_mesh(mesh, num_tasks)
     programs = _compile(learner, sample, key, num_tasks, log_every, mesh)
     validate_fn = validate_fn and place(as_argument(validate_fn), mesh)
     decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
@@ -120,17 +118,14 @@ def fit(
         interrupted = stack.enter_context(interruptions())
         done, now = from_first_host(record.restore(programs.start(key)))
         done, now, key = int(done), place(now, mesh), place(key, mesh)
-        if done > num_updates:
-            raise CheckpointError(
-                f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
-            )
+        _check_done(done, num_updates, directory)
         progress = progress and is_first_host()
         if done and progress:
             print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
         bar = stack.enter_context(_progress_bar(label, done, num_updates, shown=progress))
         started, sampler = time.monotonic(), programs.sampler_from(done)
+        every = [log_every] + [validate_every] * (validate_fn is not None)
         while done < num_updates and not any_host(interrupted.is_set() or time.monotonic() - started >= max_seconds):
-            every = [log_every] + [validate_every] * (validate_fn is not None)
             stop = min(num_updates, *(done + n - done % n for n in every))
             state, metrics = programs.run(now.state, key, done, stop, sampler)
             if stop < num_updates:
@@ -209,6 +204,21 @@ def read_best(learner: MetaLearner, directory: str | Path, *, seeds: int) -> Sta
     if saved is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
     return jax.vmap(_best)(saved[1])
+
+
+def _checked_mesh(mesh: Mesh | None, num_tasks: int) -> Mesh | None:
+    """The mesh over which tasks are divided, all devices of the one that was given."""
+    mesh = None if mesh is None else task_mesh(mesh)
+    if mesh is not None and num_tasks % mesh.size:
+        raise ValueError(f"num_tasks must be a multiple of the number of devices, {mesh.size}, got {num_tasks}.")
+    return mesh
+
+
+def _check_done(done: int, num_updates: int, directory: str | Path | None) -> None:
+    if done > num_updates:
+        raise CheckpointError(
+            f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
+        )
 
 
 def _check_key(key: Array) -> None:

@@ -44,5 +44,5 @@ class Simulation(NamedTuple):
 class Engine(NamedTuple):
     """A physics engine with a robot in it."""
 
-    start: Callable[[Array, Array], Simulation]  # (position [nq], velocity [nv]) -> a simulation at rest there
+    start: Callable[[Array, Array], Simulation]  # (position [nq], velocity [nv]) -> a simulation that begins so
     advance: Callable[[Simulation, Array], Simulation]  # (simulation, control [nu]) -> after frame_skip steps of the physics

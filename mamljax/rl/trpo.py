@@ -41,7 +41,7 @@ def trpo(
     loss falls and the divergence is at most $\delta$. The row begins with 1. After a divergence above the bound it goes on with
     the fraction that would bring it to 0.9 of the bound if it were quadratic, half at least, so that few fractions are tried
     and little of the bound is given away; else with $\beta$ times the last. The parameters stay as they are if no fraction
-    will do. The defaults are those of the authors.
+    will do. The defaults are those of the authors, whose fractions are powers of $\beta$ in every case.
 
     `update` needs, beside gradients and parameters, the extra arguments `value` (the loss at `params`) and `value_and_kl_fn`, a
     function of the parameters on the same data: the loss, and the divergence from the policy that acted, which is 0 at

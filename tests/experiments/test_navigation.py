@@ -80,6 +80,21 @@ def test_rows(finished):
     assert all(row.tasks == 5 and row.seeds == 2 for row in rows)
 
 
+def test_policies_that_do_not_adapt_in_training(tmp_path):
+    assert main("--out", tmp_path, "--steps", 2, "--method", "pretrained", "oracle", "maml") == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    steps = {
+        method: [row.step for row in rows if (row.method, row.metric) == (method, "return")]
+        for method in ("oracle", "pretrained")
+    }
+    assert steps == {"oracle": [0], "pretrained": [0, 1, 2]}
+    (best,) = {row.note for row in rows if row.method == "pretrained"}
+    assert best in ("step size 0.01", "step size 0.1")
+    normalised = [row.mean for row in rows if row.metric == "normalised return"]
+    assert len(normalised) == 3
+    assert np.isfinite(normalised).all()
+
+
 def test_step_sizes_are_halved_after_the_first():
     rule, steps = reinforcement.halving_rule(0.5), []
     state = rule.init(np.float32(0))
