@@ -92,13 +92,12 @@ def maml_rl(
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
+        _check_share(len(keys), curvature_every)
         batches = divide(adapt_to_all, state.params, (keys, tasks))
 
         def over_tasks(fn: Callable, *, every: int = 1) -> Callable:
             mean = partial(_mean_over_tasks, fn, chunk_size, every)
             return lambda *args: mean_over_devices(mean, args, batches)
-
-        _check_share(len(keys), curvature_every)
 
         loss_and_kl = over_tasks(objective.loss_and_kl)
         loss, grads = over_tasks(jax.value_and_grad(objective.loss))(state.params)
