@@ -59,7 +59,6 @@ MULTI_STEP = Options(
     steps=60,
     inner_steps=3,
     multi_step_loss=True,
-    curvature_every=2,
     out=Path("out/navigation"),
 )
 QUICK = Options(preset="quick", steps=15, method=("maml", "pretrained", "random"), out=Path("out/navigation_quick"))

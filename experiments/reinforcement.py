@@ -69,9 +69,6 @@ class Options(runner.Options):
     """TRPO: conjugate gradient iterations."""
     hvp: HessianVectorProduct = "exact"
     """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
-    curvature_every: int = 1
-    """TRPO: n, if exact Hessian-vector products are to be of every n-th task only, which is faster. The fewer tasks, the
-    worse the direction of the step. n must divide the tasks of each device."""
     meta_lr: float = 0.001
     """Adam: step size."""
     chunk_size: int = 1
@@ -167,7 +164,6 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
         multi_step_loss=options.multi_step_loss,
         differentiation="first_order" if method == "fomaml" else "reverse",
         chunk_size=options.chunk_size,
-        curvature_every=options.curvature_every,
     )
 
 

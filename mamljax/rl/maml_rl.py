@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 
 from mamljax.checks import check_count
-from mamljax.devices import divide, mean_over_devices, num_shares
+from mamljax.devices import divide, mean_over_devices
 from mamljax.inner import Differentiation, adapt
 from mamljax.rl import gaussian
 from mamljax.rl.advantages import masked_mean
@@ -31,7 +31,6 @@ def maml_rl(
     multi_step_loss: bool = False,
     differentiation: Differentiation = "reverse",
     chunk_size: int | None = None,
-    curvature_every: int = 1,
 ) -> MetaLearner:
     r"""Learn a policy that a few policy-gradient steps adapt to a task.
 
@@ -58,11 +57,6 @@ def maml_rl(
         differentiation: "reverse" or "mixed" (both exact) or "first_order"; see `inner.adapt`. The exact Hessian-vector
             products of TRPO need forward mode, which "mixed" has not: they are of "reverse" then, which is the same.
         chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same.
-        curvature_every: n, if TRPO's exact Hessian-vector products are to be of every n-th task, where n divides the tasks of
-            each device; by default of all, as in the paper. They are most of a meta-update's arithmetic, and only choose a
-            direction and a length: the loss and the bound of the divergence are always checked on all tasks. Fewer trajectories
-            of every task would be as fast, but their policies are adapted on noisier gradients, whose curvature is larger: it
-            holds back what changes how the policy adapts, the very thing to be learned.
 
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
@@ -72,12 +66,10 @@ def maml_rl(
         trajectory of each row, and `unstable`; [eval_steps + 1], each on fresh trajectories.
 
     Raises:
-        ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients; in
-            `update`, tasks of which `curvature_every` is no divisor.
+        ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients.
     """
     check_count("inner_steps", inner_steps, minimum=0)
     check_count("eval_steps", eval_steps, minimum=0)
-    check_count("curvature_every", curvature_every)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
     shapes = jax.eval_shape(model.init, jax.random.key(0))
@@ -92,11 +84,10 @@ def maml_rl(
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
-        _check_share(len(keys), curvature_every)
         batches = divide(adapt_to_all, state.params, (keys, tasks))
 
-        def over_tasks(fn: Callable, *, every: int = 1) -> Callable:
-            mean = partial(_mean_over_tasks, fn, chunk_size, every)
+        def over_tasks(fn: Callable) -> Callable:
+            mean = partial(_mean_over_tasks, fn, chunk_size)
             return lambda *args: mean_over_devices(mean, args, batches)
 
         loss_and_kl = over_tasks(objective.loss_and_kl)
@@ -109,7 +100,7 @@ def maml_rl(
             grad=grads,
             value_fn=over_tasks(objective.loss),
             value_and_kl_fn=loss_and_kl,
-            kl_product=partial(over_tasks(objective.kl_product, every=curvature_every), state.params),
+            kl_product=partial(over_tasks(objective.kl_product), state.params),
         )
         params = optax.apply_updates(state.params, updates)
         known = isinstance(opt, TrustRegionState)  # from the line search
@@ -254,18 +245,8 @@ def _summary(batches: Batch) -> Metrics:
     return {"return_before": before, "return_after": after, "unstable": _unstable(batches)}
 
 
-def _check_share(num_tasks: int, curvature_every: int) -> None:
-    """The same tasks are to be taken by any number of devices."""
-    share = num_tasks // num_shares()
-    if share % curvature_every:
-        raise ValueError(
-            f"curvature_every must divide the tasks of each device, {share}, got {curvature_every}. Take 1 for all tasks."
-        )
-
-
-def _mean_over_tasks(fn: Callable[..., PyTree], chunk_size: int | None, every: int, args: tuple, data: PyTree) -> PyTree:
-    """The mean of `fn(*args, entry)` over every so many-th entry of `data`, of which `chunk_size` are computed at a time."""
-    data = jax.tree.map(lambda leaf: leaf[::every], data)
+def _mean_over_tasks(fn: Callable[..., PyTree], chunk_size: int | None, args: tuple, data: PyTree) -> PyTree:
+    """The mean of `fn(*args, entry)` over the leading axis of `data`, of which `chunk_size` entries are computed at a time."""
     num_tasks = len(jax.tree.leaves(data)[0])
     values = lax.map(partial(fn, *args), data, batch_size=num_tasks if chunk_size is None else chunk_size)
     return jax.tree.map(lambda leaf: leaf.mean(0), values)

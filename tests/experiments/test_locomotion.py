@@ -16,7 +16,7 @@ from mamljax.rl.rendering import RenderingError
 from mamljax.types import State
 
 TINY = (
-    "--steps 1 --num-tasks 2 --trajectories 2 --curvature-every 2 --horizon 3 --hidden-sizes 4 "
+    "--steps 1 --num-tasks 2 --trajectories 2 --horizon 3 --hidden-sizes 4 "
     "--eval-tasks 2 --eval-steps 1 --eval-trajectories 2 --tuning-lrs 0.1"
 )
 
@@ -69,12 +69,11 @@ def test_without_mujoco(tmp_path, capsys, monkeypatch):
     assert 'pip install "mamljax[rl]"' in capsys.readouterr().err
 
 
-def test_presets_are_the_papers_but_for_the_curvature():
+def test_presets_are_the_papers():
     assert locomotion.PRESETS.keys() == TASKS.keys() == locomotion.PUBLISHED.keys()
     for task, options in locomotion.PRESETS.items():
         assert (options.preset, options.task, options.out.name) == (task, task, task)
         assert (options.num_tasks, options.horizon, options.inner_lr, options.eval_steps) == (40, 200, 0.1, 3)
-        assert options.curvature_every == 2  # 1 in the paper
     assert runner.parse(locomotion.PRESETS, ["--preset", "ant_direction"]).trajectories == 40
     assert runner.parse(locomotion.PRESETS, ["--preset", "half_cheetah_direction"]).max_kl == 0.02
 

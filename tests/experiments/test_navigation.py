@@ -24,7 +24,6 @@ TINY = {
     "--eval-trajectories": "3",
     "--log-every": "2",
     "--validate-every": "2",
-    "--curvature-every": "3",
 }
 ARGUMENTS = [word for option in TINY.items() for word in option] + ["--tuning-lrs", "0.01", "0.1"]
 

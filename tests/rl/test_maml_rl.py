@@ -262,24 +262,9 @@ def test_first_order_is_another_gradient_and_another_product(second_order):
         assert difference > 1e-2 * jnp.abs(second_order[name]).max(), name
 
 
-def test_curvature_of_every_second_task_is_another_product_alone(second_order):
-    """That of these tasks alone, and about the same, as the environment has one observation and the tasks are six."""
-    cheaper = derivatives("reverse", curvature_every=2)
-    np.testing.assert_allclose(cheaper["gradient"], second_order["gradient"], rtol=1e-4, atol=1e-6)
-    assert abs(cheaper["change"]) < 1e-6
-    one, other = cheaper["product"], second_order["product"]
-    assert jnp.abs(one - other).max() > 1e-3 * jnp.abs(other).max()
-    assert one @ other > 0.9 * jnp.linalg.norm(one) * jnp.linalg.norm(other)
-
-
 def test_products_of_mixed_mode_are_those_of_reverse(second_order):
     mixed = derivatives("mixed", chunk_size=2)
     np.testing.assert_allclose(mixed["product"], second_order["product"], rtol=1e-3, atol=1e-5)
-
-
-def test_curvature_of_a_number_of_tasks_that_does_not_divide_them_is_refused():
-    with pytest.raises(ValueError, match="curvature_every must divide the tasks of each device, 6, got 4"):
-        derivatives("reverse", curvature_every=4)
 
 
 def test_losses_and_divergence_are_of_steps_within_trajectories_alone():
@@ -354,7 +339,6 @@ def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
     [
         ({"inner_steps": -1}, "inner_steps must be a whole number of at least 0, got -1"),
         ({"eval_steps": 0.5}, "eval_steps must be a whole number of at least 0, got 0.5"),
-        ({"curvature_every": 0}, "curvature_every must be a whole number of at least 1, got 0"),
         ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
         ({"rule": 0.0}, "the inner step size must be positive and finite, got 0.0"),
         ({"rule": optax.adam(0.1)}, "the inner rule has no finite derivative"),
