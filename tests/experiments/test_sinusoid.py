@@ -276,7 +276,7 @@ def test_ctrl_c_outside_of_training_ends_in_good_order(tmp_path):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr)
     while process.poll() is None and not (tmp_path / "run" / "config.json").exists():
         time.sleep(0.01)
-    time.sleep(1.0)
+    time.sleep(0.2)
     process.send_signal(signal.SIGINT)
     assert process.wait() == 130
     assert "The same command goes on from there." in (tmp_path / "stderr").read_text()
