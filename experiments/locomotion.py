@@ -100,7 +100,9 @@ def execute(options: Options, run: runner.Run) -> None:
     trained = reinforcement.run_methods(
         options, run, env, setting=options.task, protocol=options.protocol, published=published, source=SOURCE
     )
-    if "maml" in trained and options.horizon >= STRIP_FRAMES:
+    if options.horizon < STRIP_FRAMES:
+        print(f"no strip of frames: it has {STRIP_FRAMES}, and --horizon is {options.horizon}", file=sys.stderr)
+    elif "maml" in trained:
         draw_strip(options, env, trained["maml"], options.out / "strip.png")
 
 

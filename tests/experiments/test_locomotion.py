@@ -33,9 +33,10 @@ def main(*argv):
     return runner.main("locomotion", locomotion.PRESETS, locomotion.execute, [*TINY.split(), *map(str, argv)])
 
 
-def test_an_untrained_policy(tmp_path):
+def test_an_untrained_policy(tmp_path, capsys):
     pytest.importorskip("mujoco")
     assert main("--out", tmp_path, "--method", "random") == 0
+    assert "no strip of frames: it has 8, and --horizon is 3" in capsys.readouterr().err
     rows = report.read_results(tmp_path / "results.json")["rows"]
     assert [(row.method, row.setting, row.step) for row in rows] == [
         ("random", "half_cheetah_velocity", step) for step in (0, 1)
