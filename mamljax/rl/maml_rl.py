@@ -1,8 +1,7 @@
 """MAML for reinforcement learning (Finn, Abbeel, Levine 2017, arXiv 1703.03400), algorithm 3."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,16 @@ import optax
 from jax import Array, lax
 
 from mamljax.checks import check_count
-from mamljax.devices import divide, mean_over_devices
-from mamljax.inner import Differentiation, adapt
+from mamljax.devices import divide
+from mamljax.inner import adapt
 from mamljax.rl import gaussian
 from mamljax.rl.advantages import masked_mean
 from mamljax.rl.collect import Batch, CollectFn
 from mamljax.rl.trpo import TrustRegionState
 from mamljax.rules import Rule, as_rule
 from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
+
+Differentiation = Literal["reverse", "first_order"]
 
 
 def maml_rl(
@@ -54,9 +55,11 @@ def maml_rl(
         multi_step_loss: whether the policy is judged after every one of the S steps, as Antoniou et al. 2019 (MAML++) do in
             classification, and not after the last alone. Each counts by how much returns still differ after it: what is
             maximised is the sum of the returns.
-        differentiation: "reverse" or "mixed" (both exact) or "first_order"; see `inner.adapt`. The exact Hessian-vector
-            products of TRPO need forward mode, which "mixed" has not: they are of "reverse" then, which is the same.
-        chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same.
+        differentiation: "reverse" (exact) or "first_order"; see `inner.adapt`. TRPO multiplies by derivatives in both
+            directions, which "mixed" has not.
+        chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same. The
+            derivatives that are kept for the products are of all tasks in any case: three to four numbers for each unit of the
+            policy and step of the environment.
 
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
@@ -66,45 +69,69 @@ def maml_rl(
         trajectory of each row, and `unstable`; [eval_steps + 1], each on fresh trajectories.
 
     Raises:
-        ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients.
+        ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients, an
+            unknown `differentiation`.
     """
     check_count("inner_steps", inner_steps, minimum=0)
     check_count("eval_steps", eval_steps, minimum=0)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    if differentiation not in get_args(Differentiation):
+        raise ValueError(f"differentiation must be one of {get_args(Differentiation)}, got {differentiation!r}.")
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     rule = as_rule(rule, shapes, differentiable=inner_steps > 0 and differentiation != "first_order")
     tx = optax.with_extra_args_support(tx)
     judged_from = min(1, inner_steps) if multi_step_loss else inner_steps
-    objective = _objective(model, rule, judged_from, differentiation)
 
     def adapt_to_all(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
         keys, tasks = keys_and_tasks
         return jax.vmap(partial(fine_tune, model, collect, rule, inner_steps), (0, None, 0))(keys, params, tasks)
 
+    def act_in_all(params: PyTree, batches: Batch) -> tuple[Array, Array]:
+        act_in_one = partial(_act_adapted, model, rule, judged_from, differentiation, params)
+        # One alone, not a batch of one, whose products take longer.
+        batch_size = None if chunk_size == 1 else chunk_size or len(batches.spread)
+        return lax.map(act_in_one, batches, batch_size=batch_size)
+
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
         batches = divide(adapt_to_all, state.params, (keys, tasks))
+        judged = jax.vmap(partial(_judged, judged_from))(batches)
+        actions_of = partial(divide, act_in_all, tasks=batches)
 
-        def over_tasks(fn: Callable) -> Callable:
-            mean = partial(_mean_over_tasks, fn, chunk_size)
-            return lambda *args: mean_over_devices(mean, args, batches)
+        def loss_of(actions: tuple[Array, Array]) -> Array:
+            return jax.vmap(surrogate_loss)(judged, actions).mean()
 
-        loss_and_kl = over_tasks(objective.loss_and_kl)
-        loss, grads = over_tasks(jax.value_and_grad(objective.loss))(state.params)
+        def kl_of(actions: tuple[Array, Array]) -> Array:
+            return jax.vmap(divergence)(judged, actions).mean()
+
+        def value_and_kl_fn(params: PyTree) -> tuple[Array, Array]:
+            actions = actions_of(params)
+            return loss_of(actions), kl_of(actions)
+
+        # The meta-gradient and all Hessian-vector products are of one linearisation: what the policies do, by the parameters.
+        actions, push = jax.linearize(actions_of, state.params)
+        pull = jax.linear_transpose(push, state.params)
+        loss, slope = jax.value_and_grad(loss_of)(actions)
+        (grads,) = pull(slope)
+
+        def kl_product(vector: PyTree) -> PyTree:
+            """Multiply by the divergence's Hessian, which is J^T (d^2 KL) J, since its gradient vanishes here."""
+            return pull(jax.jvp(jax.grad(kl_of), (actions,), (push(vector),))[1])[0]
+
         updates, opt = tx.update(
             grads,
             state.opt,
             state.params,
             value=loss,
             grad=grads,
-            value_fn=over_tasks(objective.loss),
-            value_and_kl_fn=loss_and_kl,
-            kl_product=partial(over_tasks(objective.kl_product), state.params),
+            value_fn=lambda params: value_and_kl_fn(params)[0],
+            value_and_kl_fn=value_and_kl_fn,
+            kl_product=kl_product,
         )
         params = optax.apply_updates(state.params, updates)
         known = isinstance(opt, TrustRegionState)  # from the line search
-        surrogate, kl = (loss + opt.change, opt.kl) if known else loss_and_kl(params)
+        surrogate, kl = (loss + opt.change, opt.kl) if known else value_and_kl_fn(params)
         metrics = {"surrogate": surrogate, "kl": kl, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=params, opt=opt), {**_summary(batches), **metrics}
 
@@ -120,44 +147,27 @@ def maml_rl(
     return MetaLearner(init, update, evaluate)
 
 
-class _Objective(NamedTuple):
-    """What TRPO asks of one task, as functions of the parameters, and of the batches [S + 1, ...] of a meta-update last."""
+def _act_adapted(
+    model: Model,
+    rule: optax.GradientTransformation,
+    judged_from: int,
+    differentiation: Differentiation,
+    params: PyTree,
+    batches: Batch,
+) -> tuple[Array, Array]:
+    """What the policies do that are judged, each in the states of its own batch: mean and log-std, [J, T, E, a]."""
+    before = jax.tree.map(lambda leaf: leaf[:-1], batches)
+    _, path = adapt(partial(reinforce_loss, model), params, before, rule, differentiation=differentiation)
+    policies, judges = jax.tree.map(lambda leaf: leaf[judged_from:], (path, batches))
+    return jax.vmap(partial(act, model))(policies, judges)
 
-    loss: Callable[[PyTree, Batch], Array]  # []
-    loss_and_kl: Callable[[PyTree, Batch], tuple[Array, Array]]  # the divergence is from the policies that acted
-    kl_product: Callable[[PyTree, PyTree, Batch], PyTree]  # of a vector and the divergence's Hessian
 
-
-def _objective(
-    model: Model, rule: optax.GradientTransformation, judged_from: int, differentiation: Differentiation
-) -> _Objective:
-    """The objective of policies that are judged after `judged_from` steps of adaptation, and after every further one."""
-
-    def judged(batches: Batch) -> Batch:
-        """The batches by which policies are judged [J, ...], their advantages on one scale."""
-        batches = jax.tree.map(lambda leaf: leaf[judged_from:], batches)
-        weights = (batches.spread + 1e-8) / (batches.spread.mean() + 1e-8)
-        return batches._replace(advantages=batches.advantages * weights[:, None, None])
-
-    def actions(params: PyTree, batches: Batch, differentiation: Differentiation = differentiation) -> tuple[Array, Array]:
-        before = jax.tree.map(lambda leaf: leaf[:-1], batches)
-        _, path = adapt(partial(reinforce_loss, model), params, before, rule, differentiation=differentiation)
-        policies = jax.tree.map(lambda leaf: leaf[judged_from:], path)
-        return jax.vmap(partial(act, model))(policies, judged(batches))
-
-    def loss_and_kl(params: PyTree, batches: Batch) -> tuple[Array, Array]:
-        acted = actions(params, batches)
-        return surrogate_loss(judged(batches), acted), divergence(judged(batches), acted)
-
-    def loss(params: PyTree, batches: Batch) -> Array:
-        return surrogate_loss(judged(batches), actions(params, batches))
-
-    def kl_product(params: PyTree, vector: PyTree, batches: Batch) -> PyTree:
-        forward = "reverse" if differentiation == "mixed" else differentiation  # the one with derivatives in forward mode
-        acted = partial(actions, batches=batches, differentiation=forward)
-        return gauss_newton_product(acted, partial(divergence, judged(batches)), params, vector)
-
-    return _Objective(loss, loss_and_kl, kl_product)
+def _judged(judged_from: int, batches: Batch) -> Batch:
+    """The batches by which policies are judged [J, ...], after `judged_from` steps and every further one, their advantages on
+    one scale."""
+    batches = jax.tree.map(lambda leaf: leaf[judged_from:], batches)
+    weights = (batches.spread + 1e-8) / (batches.spread.mean() + 1e-8)
+    return batches._replace(advantages=batches.advantages * weights[:, None, None])
 
 
 def fine_tune(
@@ -213,19 +223,6 @@ def divergence(batch: Batch, actions: tuple[Array, Array]) -> Array:
     return masked_mean(gaussian.kl_divergence(acted.mean, acted.log_std, *actions), acted.mask)
 
 
-def gauss_newton_product(
-    inner_fn: Callable[[PyTree], PyTree], outer_fn: Callable[[PyTree], Array], params: PyTree, vector: PyTree
-) -> PyTree:
-    r"""Multiply a vector by the Gauss-Newton matrix $J^T (\nabla^2 g) J$ of $g(f(\theta))$, J the derivative of f.
-
-    It is the Hessian where the gradient of g vanishes, as that of a divergence does at the policy that acted; there it needs
-    derivatives of f of one order less.
-    """
-    outputs, push = jax.linearize(inner_fn, params)
-    curved = jax.jvp(jax.grad(outer_fn), (outputs,), (push(vector),))[1]
-    return jax.linear_transpose(push, params)(curved)[0]
-
-
 def act(model: Model, params: PyTree, batch: Batch) -> tuple[Array, Array]:
     """The mean and the log-std of the actions in all states of a batch, both [T, E, a]."""
     observations, like = batch.trajectories.observations, batch.trajectories.mean
@@ -243,10 +240,3 @@ def _summary(batches: Batch) -> Metrics:
     """Mean returns before and after adaptation, and the share of unstable trajectories, over a meta-batch [B, S + 1, ...]."""
     before, after = batches.returns[:, 0].mean(), batches.returns[:, -1].mean()
     return {"return_before": before, "return_after": after, "unstable": _unstable(batches)}
-
-
-def _mean_over_tasks(fn: Callable[..., PyTree], chunk_size: int | None, args: tuple, data: PyTree) -> PyTree:
-    """The mean of `fn(*args, entry)` over the leading axis of `data`, of which `chunk_size` entries are computed at a time."""
-    num_tasks = len(jax.tree.leaves(data)[0])
-    values = lax.map(partial(fn, *args), data, batch_size=num_tasks if chunk_size is None else chunk_size)
-    return jax.tree.map(lambda leaf: leaf.mean(0), values)

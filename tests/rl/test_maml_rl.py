@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +63,7 @@ ORACLE_COLLECT = collector(ORACLE_MODEL, with_task_observed(target_env()), horiz
 ORACLE = functools.partial(maml_rl, ORACLE_MODEL, ORACLE_COLLECT, rule=0.3, inner_steps=0, eval_steps=0)
 LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "maml by trpo": (MAML(inner_steps=1, tx=trpo(MAX_KL, damping=1e-3)), 2),
-    "two steps by adam": (MAML(inner_steps=2, tx=optax.adam(0.01), differentiation="mixed", chunk_size=3), 2),
+    "two steps by adam": (MAML(inner_steps=2, tx=optax.adam(0.01), chunk_size=3), 2),
     "oracle": (ORACLE(tx=trpo(MAX_KL, damping=1e-3)), 0),
 }
 
@@ -262,11 +263,6 @@ def test_first_order_is_another_gradient_and_another_product(second_order):
         assert difference > 1e-2 * jnp.abs(second_order[name]).max(), name
 
 
-def test_products_of_mixed_mode_are_those_of_reverse(second_order):
-    mixed = derivatives("mixed", chunk_size=2)
-    np.testing.assert_allclose(mixed["product"], second_order["product"], rtol=1e-3, atol=1e-5)
-
-
 def test_losses_and_divergence_are_of_steps_within_trajectories_alone():
     """Against NumPy, for a policy that has moved, on made-up steps of which a third lies behind an end."""
     rng = np.random.default_rng(0)
@@ -342,8 +338,9 @@ def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
         ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
         ({"rule": 0.0}, "the inner step size must be positive and finite, got 0.0"),
         ({"rule": optax.adam(0.1)}, "the inner rule has no finite derivative"),
+        ({"differentiation": "mixed"}, "differentiation must be one of ('reverse', 'first_order'), got 'mixed'"),
     ],
 )
 def test_bad_settings(settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         maml_rl(MODEL, COLLECT, **{"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "tx": optax.sgd(0.1)} | settings)
