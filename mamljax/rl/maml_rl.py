@@ -58,8 +58,8 @@ def maml_rl(
         differentiation: "reverse" (exact) or "first_order"; see `inner.adapt`. TRPO multiplies by derivatives in both
             directions, which "mixed" has not.
         chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same. The
-            derivatives that are kept for the products are of all tasks in any case: three to four numbers for each unit of the
-            policy and step of the environment.
+            derivatives that are kept for the products are of all tasks in any case: about two numbers for each unit of the
+            policy and each step in the environment.
 
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and

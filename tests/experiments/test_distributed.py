@@ -80,3 +80,13 @@ def test_a_process_that_is_lost(start, tmp_path):
         runner.main("sinusoid", sinusoid.PRESETS, sinusoid.execute, [*TINY, "--steps", steps, "--out", str(tmp_path / "run")])
         == 0
     )
+
+
+def test_numbers_of_processes_that_are_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    monkeypatch.setenv("JAX_PROCESS_ID", "0")
+    argv = [*TINY, "--distributed", "--out", str(tmp_path / "run")]
+    assert runner.main("sinusoid", sinusoid.PRESETS, sinusoid.execute, argv) == 2
+    errors = capsys.readouterr().err
+    assert "error: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers, got ['two', '0']." in errors
+    assert not (tmp_path / "run").exists()

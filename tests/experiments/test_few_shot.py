@@ -112,6 +112,19 @@ def test_writes_what_it_promises(finished):
     assert all(0 <= line["validation_error"] <= 1 for line in lines)
 
 
+def test_published_numbers_stand_beside_the_step_they_are_of(images, banks, tmp_path, monkeypatch):
+    """The step that test is done with, of more that are shown; the only one of a method that takes none."""
+    methods = ("random", "nearest_neighbour")
+    published = {
+        ("folder", "fully_connected", 3, 1, method): number for method, number in zip(methods, (33.3, 44.4), strict=True)
+    }
+    monkeypatch.setattr(few_shot, "PUBLISHED", published)
+    assert main(images, banks, "--out", tmp_path, "--method", *methods) == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    beside = {(row.method, row.step): row.published for row in rows if row.published is not None}
+    assert beside == {("random", 2): 33.3, ("nearest_neighbour", 0): 44.4}
+
+
 def test_resumed_run_is_the_undisturbed_one(finished, images, banks, tmp_path):
     assert main(images, banks, "--out", tmp_path, "--steps", 10) == 0
     assert main(images, banks, "--out", tmp_path) == 0
