@@ -53,8 +53,7 @@ class Options:
     width: int | None = None
     """Channels of each convolution, or units of each hidden layer."""
     chunk_size: int | None = None
-    """Tasks that the library differentiates at a time, a divisor of --num-tasks. If not given, 1 on each of several devices,
-    since larger products would be divided among the cores once more."""
+    """Tasks that the library differentiates at a time, a divisor of --num-tasks."""
     differentiation: Literal["mixed", "reverse"] | None = None
     """How the library differentiates through adaptation; both are exact."""
     devices: int | None = None
@@ -84,13 +83,8 @@ def problems_of(options: Options) -> list[Problem]:
     """The problems, with what the options change of them."""
     names = ("num_tasks", "width", "chunk_size", "differentiation")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
-    problems = []
-    for name in options.problem:
-        problem = PROBLEMS[name]._replace(**changes)
-        devices = _devices(problem, options.devices)
-        chunk_size = 1 if devices > 1 and options.chunk_size is None else problem.chunk_size
-        problems.append(problem._replace(devices=devices, chunk_size=chunk_size))
-    return problems
+    problems = (PROBLEMS[name]._replace(**changes) for name in options.problem)
+    return [problem._replace(devices=_devices(problem, options.devices)) for problem in problems]
 
 
 def _devices(problem: Problem, wanted: int | None) -> int:

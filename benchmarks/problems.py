@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 PROBLEMS = {
     problem.name: problem
     for problem in (
-        Problem("omniglot-5w1s", "strided_conv", 64, (28, 28, 1), 1, 1, 32, 2.0, 1, "reverse", 4),
+        Problem("omniglot-5w1s", "strided_conv", 64, (28, 28, 1), 1, 1, 32, 2.0, 1, "reverse", 1),
         Problem("miniimagenet-5w1s", "pooled_conv", 32, (84, 84, 3), 1, 15, 4, 0.05, 5, "mixed", 1),
         Problem("sinusoid", "mlp", 40, (), 10, 10, 25, 0.001, 1, "reverse", None, updates=200),
     )

@@ -54,7 +54,7 @@ class Options:
     """Meta-updates, a multiple of 5."""
     num_tasks: int = 32
     """Tasks in a meta-batch."""
-    chunk_size: int = 4
+    chunk_size: int = 1
     """Tasks that a device differentiates at a time."""
     filters: int = 64
     """Channels of each convolution."""

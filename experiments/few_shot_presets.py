@@ -98,9 +98,9 @@ class Options(runner.Options):
     """Bound on each element of the meta-gradient."""
     differentiation: Literal["mixed", "reverse"] = "reverse"
     """How MAML differentiates through adaptation; both are exact."""
-    chunk_size: int = 4
-    """Tasks differentiated or evaluated at a time, a divisor of --num-tasks. The fastest on a CPU whose cache they just fit.
-    With --devices on a CPU take 1, on an accelerator --num-tasks."""
+    chunk_size: int = 1
+    """Tasks differentiated or evaluated at a time, a divisor of --num-tasks. With convolutions 1 is fastest on a CPU; on
+    an accelerator take --num-tasks."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Arithmetic of products, where the device has others than float32; parameters are always float32."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -122,15 +122,15 @@ def _preset(name: str, **options: object) -> Options:
 
 
 FC = {"network": "fully_connected", "chunk_size": 32}
-TWENTY_WAY = {"ways": 20, "num_tasks": 16, "inner_steps": 5, "test_steps": 5, "chunk_size": 1, "differentiation": "mixed"}
+TWENTY_WAY = {"ways": 20, "num_tasks": 16, "inner_steps": 5, "test_steps": 5, "differentiation": "mixed"}
 MINI = {"dataset": "miniimagenet", "network": "pooled_conv", "filters": 32, "num_tasks": 4, "queries": 15, "inner_lr": 0.05}
-MINI |= {"inner_steps": 5, "test_steps": 10, "chunk_size": 1, "differentiation": "mixed"}
+MINI |= {"inner_steps": 5, "test_steps": 10, "differentiation": "mixed"}
 # The authors clip to +-10 where the loss is summed over N Q queries and divided by K; here it is their mean.
 PRESETS = {
     options.preset: options
     for options in (
         _preset("omniglot-5w1s"),
-        _preset("omniglot-5w5s", shots=5, queries=5, chunk_size=1),
+        _preset("omniglot-5w5s", shots=5, queries=5),
         _preset("omniglot-20w1s", **TWENTY_WAY),
         _preset("omniglot-20w5s", shots=5, queries=5, **TWENTY_WAY),
         _preset("omniglot-5w1s-fc", **FC),

@@ -57,7 +57,8 @@ def _evaluate(state: State, key: Array, sample: SampleFn, *, learner: MetaLearne
         return learner.evaluate(evaluate_key, state, sample(sample_key))
 
     def share(common: tuple[State, SampleFn], keys: Array) -> Metrics:
-        return lax.map(functools.partial(one_task, *common), keys, batch_size=batch_size)
+        # One alone, not a batch of one, whose products take longer.
+        return lax.map(functools.partial(one_task, *common), keys, batch_size=None if batch_size == 1 else batch_size)
 
     keys = jax.random.split(key, num_tasks)
     filled = keys[jnp.arange(num_tasks + -num_tasks % num_shares()) % num_tasks]  # to a multiple of the devices

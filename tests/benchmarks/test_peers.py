@@ -55,12 +55,9 @@ def test_problems_are_those_of_the_experiments():
             assert (1, *problem.image) == few_shot.image_shape(options)
 
 
-def test_each_of_several_devices_takes_one_task_at_a_time_unless_told():
-    chunks = {}
-    for devices, wanted in ((1, None), (2, None), (2, 8)):
-        options = peers.Options(problem=("omniglot-5w1s",), devices=devices, chunk_size=wanted)
-        chunks[devices, wanted] = peers.problems_of(options)[0].chunk_size
-    assert chunks == {(1, None): 4, (2, None): 1, (2, 8): 8}
+def test_options_change_the_problem():
+    problem = peers.problems_of(peers.Options(problem=("omniglot-5w1s",), devices=2, chunk_size=8))[0]
+    assert problem == problems.PROBLEMS["omniglot-5w1s"]._replace(devices=2, chunk_size=8)
 
 
 def test_without_peers_the_library_alone_is_timed(capsys, monkeypatch):
