@@ -208,7 +208,8 @@ def training_curves(directories: Mapping[str, Path], path: Path) -> None:
         for method, log in logs.items():
             points = [(line["update"], line[name]) for line in log if line.get(name) is not None]
             axes.plot(*np.array(points).reshape(-1, 2).T, label=method)
-        axes.set(xlabel="meta-updates", ylabel=name.replace("_", " "), yscale="log")
+        positive = any((line.get(name) or 0) > 0 for log in logs.values() for line in log)  # a validation error may be 0
+        axes.set(xlabel="meta-updates", ylabel=name.replace("_", " "), yscale="log" if positive else "linear")
         axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(logs))
     figure.savefig(path, dpi=100)
