@@ -1,5 +1,6 @@
 """MAML for reinforcement learning (Finn, Abbeel, Levine 2017, arXiv 1703.03400), algorithm 3."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, get_args
 
@@ -97,42 +98,12 @@ def maml_rl(
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
         batches = divide(adapt_to_all, state.params, (keys, tasks))
         judged = jax.vmap(partial(_judged, judged_from))(batches)
-        actions_of = partial(divide, act_in_all, tasks=batches)
-
-        def loss_of(actions: tuple[Array, Array]) -> Array:
-            return jax.vmap(surrogate_loss)(judged, actions).mean()
-
-        def kl_of(actions: tuple[Array, Array]) -> Array:
-            return jax.vmap(divergence)(judged, actions).mean()
-
-        def value_and_kl_fn(params: PyTree) -> tuple[Array, Array]:
-            actions = actions_of(params)
-            return loss_of(actions), kl_of(actions)
-
-        # The meta-gradient and all Hessian-vector products are of one linearisation: what the policies do, by the parameters.
-        actions, push = jax.linearize(actions_of, state.params)
-        pull = jax.linear_transpose(push, state.params)
-        loss, slope = jax.value_and_grad(loss_of)(actions)
-        (grads,) = pull(slope)
-
-        def kl_product(vector: PyTree) -> PyTree:
-            """Multiply by the divergence's Hessian, which is J^T (d^2 KL) J, since its gradient vanishes here."""
-            return pull(jax.jvp(jax.grad(kl_of), (actions,), (push(vector),))[1])[0]
-
-        updates, opt = tx.update(
-            grads,
-            state.opt,
-            state.params,
-            value=loss,
-            grad=grads,
-            value_fn=lambda params: value_and_kl_fn(params)[0],
-            value_and_kl_fn=value_and_kl_fn,
-            kl_product=kl_product,
-        )
+        extra = _outer_arguments(partial(divide, act_in_all, tasks=batches), judged, state.params)
+        updates, opt = tx.update(extra["grad"], state.opt, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         known = isinstance(opt, TrustRegionState)  # from the line search
-        surrogate, kl = (loss + opt.change, opt.kl) if known else value_and_kl_fn(params)
-        metrics = {"surrogate": surrogate, "kl": kl, "grad_norm": optax.tree.norm(grads)}
+        surrogate, kl = (extra["value"] + opt.change, opt.kl) if known else extra["value_and_kl_fn"](params)
+        metrics = {"surrogate": surrogate, "kl": kl, "grad_norm": optax.tree.norm(extra["grad"])}
         return state._replace(params=params, opt=opt), {**_summary(batches), **metrics}
 
     def init(key: Array) -> State:
@@ -145,6 +116,44 @@ def maml_rl(
         return {"return": batches.mean_return, "return_of_first": batches.returns.mean(1), "unstable": unstable}
 
     return MetaLearner(init, update, evaluate)
+
+
+def _outer_arguments(actions_of: Callable[[PyTree], tuple[Array, Array]], judged: Batch, params: PyTree) -> dict[str, PyTree]:
+    """What the outer optimiser is given, by name: the surrogate at `params`, its gradient, and what `trpo` asks for.
+
+    The gradient and all products of the Hessian are of one linearisation, of what the policies do as a function of `params`.
+
+    Args:
+        actions_of: params -> mean and log-std of the actions in all states of `judged`, each [B, J, T, E, a].
+        judged: the batches by which policies are judged [B, J, ...].
+        params: the meta-parameters.
+    """
+
+    def loss_of(actions: tuple[Array, Array]) -> Array:
+        return jax.vmap(surrogate_loss)(judged, actions).mean()
+
+    def kl_of(actions: tuple[Array, Array]) -> Array:
+        return jax.vmap(divergence)(judged, actions).mean()
+
+    def value_and_kl_fn(params: PyTree) -> tuple[Array, Array]:
+        actions = actions_of(params)
+        return loss_of(actions), kl_of(actions)
+
+    actions, push = jax.linearize(actions_of, params)
+    pull = jax.linear_transpose(push, params)
+    loss, slope = jax.value_and_grad(loss_of)(actions)
+
+    def kl_product(vector: PyTree) -> PyTree:
+        """Multiply by the divergence's Hessian, which is J^T (d^2 KL) J, since its gradient vanishes here."""
+        return pull(jax.jvp(jax.grad(kl_of), (actions,), (push(vector),))[1])[0]
+
+    return {
+        "value": loss,
+        "grad": pull(slope)[0],
+        "value_fn": lambda params: value_and_kl_fn(params)[0],
+        "value_and_kl_fn": value_and_kl_fn,
+        "kl_product": kl_product,
+    }
 
 
 def _act_adapted(
