@@ -278,7 +278,7 @@ def test_ctrl_c_outside_of_training_ends_in_good_order(tmp_path):
     while process.poll() is None and not (tmp_path / "run" / "config.json").exists():
         time.sleep(0.01)
     time.sleep(0.2)
-    for _ in range(3):  # at a bad moment compiled code of a library swallows an interrupt, and one has to press again
+    for _ in range(3):  # once in a while the first has no effect, probably lost in compiled code
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=2)
