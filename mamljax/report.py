@@ -162,6 +162,19 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def cell(row: Row) -> str:
+    """A number with its interval, as tables have it; or why there is none."""
+    interval = "" if row.ci95 is None else f" ± {_number(row.ci95, like=row.mean)}"
+    missing = "diverged" if row.seeds else row.note  # a benchmark says why it has no number
+    return missing if row.mean is None else _number(row.mean) + interval
+
+
+def training(row: Row) -> str:
+    """How far the training went that a number is of, as tables have it."""
+    seconds = "" if row.seconds is None else f", {row.seconds:,.0f} s"
+    return f"{row.meta_updates:,} meta-updates, {_plural(row.seeds, 'seed')}{seconds}"
+
+
 def learning_curves(results: Mapping[str, Any], path: Path) -> None:
     """Draw metrics against adaptation steps, settings across and metrics down, with bands of 95 % confidence.
 
@@ -239,11 +252,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
         mine = {row.step: row for row in rows if (row.method, row.protocol) == key}
         first = next(iter(mine.values()))
         name = f"{first.method} ({first.note})" if first.note and (trained or first.mean is not None) else first.method
-        cells = [_cell(mine[step]) if step in mine else "" for step in steps]
-        scope = [
-            f"{first.meta_updates:,} meta-updates, {_plural(first.seeds, 'seed')}{_seconds(first)}",
-            f"{first.tasks} tasks, {first.protocol} protocol",
-        ]
+        cells = [_beside_published(mine[step]) if step in mine else "" for step in steps]
+        scope = [training(first), f"{first.tasks} tasks, {first.protocol} protocol"]
         lines.append("| " + " | ".join([name, *cells, *(scope if trained else [])]) + " |")
     if not trained:
         return [*lines, "", "; ".join(sorted({row.protocol for row in rows})) + "."]
@@ -251,15 +261,8 @@ def _table(rows: Sequence[Row]) -> list[str]:
     return [*lines, "", "Mean ± 95 % confidence interval" + "".join(f"; in brackets {source}" for source in sources) + "."]
 
 
-def _cell(row: Row) -> str:
-    interval = "" if row.ci95 is None else f" ± {_number(row.ci95, like=row.mean)}"
-    missing = "diverged" if row.seeds else row.note  # a benchmark says why it has no number
-    cell = missing if row.mean is None else _number(row.mean) + interval
-    return cell if row.published is None else f"{cell} ({row.published:g})"
-
-
-def _seconds(row: Row) -> str:
-    return "" if row.seconds is None else f", {row.seconds:,.0f} s"
+def _beside_published(row: Row) -> str:
+    return cell(row) if row.published is None else f"{cell(row)} ({row.published:g})"
 
 
 def _number(value: float, *, like: float | None = None) -> str:

@@ -1,0 +1,101 @@
+"""Bring the tables of the README and of the pages here up to date with the results. `python docs/tables.py`
+
+A table stands below a comment that names a report and one of its headings, or the summary of all experiments.
+"""
+
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from mamljax import report
+from mamljax.files import write_atomically
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "performance.md")
+TABLE = re.compile(r"<!-- (results/\S+): (.+) -->\n(?:\|.*\n)*")
+SUMMARY = re.compile(r"<!-- summary -->\n(?:\|.*\n)*")
+
+
+class Entry(NamedTuple):
+    """A line of the summary: one method of one experiment, after one number of adaptation steps."""
+
+    title: str
+    directory: str  # under results/
+    step: int
+    method: str = "maml"
+
+
+ENTRIES = (
+    Entry("Sinusoids, 5 points: squared error", "sinusoid", 1),
+    Entry("Sinusoids, 5 points: squared error", "sinusoid", 10),
+    Entry("Omniglot 5-way 1-shot, %", "omniglot-5w1s", 3),
+    Entry("Omniglot 5-way 5-shot, %", "omniglot-5w5s", 3),
+    Entry("Omniglot 20-way 1-shot, %", "omniglot-20w1s", 5),
+    Entry("Omniglot 20-way 5-shot, %", "omniglot-20w5s", 5),
+    Entry("Omniglot 5-way 1-shot, no convolutions, %", "omniglot-5w1s-fc", 3),
+    Entry("Omniglot 5-way 5-shot, no convolutions, %", "omniglot-5w5s-fc", 3),
+    Entry("miniImageNet 5-way 1-shot, %", "miniimagenet-5w1s", 10),
+    Entry("miniImageNet 5-way 1-shot, first order, %", "miniimagenet-5w1s", 10, "fomaml"),
+    Entry("miniImageNet 5-way 5-shot, %", "miniimagenet-5w5s", 10),
+    Entry("2D navigation: return", "navigation", 1),
+    Entry("2D navigation: return", "navigation", 3),
+    Entry("Half-cheetah, goal velocity: return", "half_cheetah_velocity", 3),
+    Entry("Half-cheetah, goal direction: return", "half_cheetah_direction", 3),
+    Entry("Ant, goal velocity: return", "ant_velocity", 3),
+    Entry("Ant, goal direction: return", "ant_direction", 3),
+)
+
+
+def refreshed(text: str, root: Path = ROOT) -> str:
+    """The text with the tables that the results have now.
+
+    Raises:
+        ValueError: there is no such report or result, or it has no such heading, method or step.
+    """
+    text = TABLE.sub(lambda match: f"<!-- {match[1]}: {match[2]} -->\n{_table(root / match[1], match[2])}", text)
+    return SUMMARY.sub(lambda match: f"<!-- summary -->\n{_summary(root)}", text)
+
+
+def _table(path: Path, heading: str) -> str:
+    if not path.exists():
+        raise ValueError(f"{path} is missing. Run its command with --out results/{path.parent.name}, or take the table out.")
+    for section in path.read_text().split("\n## ")[1:]:
+        title, *lines = section.splitlines()
+        if title.removesuffix(" by number of adaptation steps") == heading:
+            return "".join(f"{line}\n" for line in lines if line.startswith("|"))
+    raise ValueError(f"{path} has no heading {heading!r}. Run its command again, or correct the heading.")
+
+
+def _summary(root: Path) -> str:
+    lines = ["| | steps | here | published | trained for |", "|---|---|---|---|---|"]
+    for entry in ENTRIES:
+        row = _row(root / "results" / entry.directory / "results.json", entry)
+        published = "" if row.published is None else f"{row.published:g}"
+        cells = (entry.title, str(entry.step), report.cell(row), published, report.training(row))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _row(path: Path, entry: Entry) -> report.Row:
+    rows = report.read_results(path)["rows"]
+    headline = (rows[0].setting, rows[0].metric)
+    for row in rows:
+        if (row.setting, row.metric, row.method, row.step) == (*headline, entry.method, entry.step):
+            return row
+    raise ValueError(f"{path} has no step {entry.step} of {entry.method!r}. Run its command again, or correct the entry.")
+
+
+def main() -> int:
+    """Rewrite the pages; returns the exit code."""
+    try:
+        for page in PAGES:
+            write_atomically(page, refreshed(page.read_text()))
+    except (ValueError, OSError, report.ResultsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
