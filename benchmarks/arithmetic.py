@@ -65,9 +65,9 @@ def product_rate(counted: Mapping[Product, int], repeats: int, *, share: float =
     return done / seconds
 
 
-def _product_seconds(product: Product, repeats: int, *, at_least: float = 2e9) -> float:
-    """Time of one product, over as many in one compiled loop as make `at_least` FLOP."""
-    count = 1 + int(at_least / product.flops)
+def _product_seconds(product: Product, repeats: int, *, enough: float = 2e9, at_most: int = 100_000) -> float:
+    """Time of one product, over as many in one compiled loop as make `enough` FLOP, but `at_most` so many."""
+    count = min(1 + int(enough / product.flops), at_most)
     left_key, right_key = jax.random.split(jax.random.key(0))
     left = jax.random.normal(left_key, (product.batch, product.rows, product.inner))
     right = jax.random.normal(right_key, (product.batch, product.inner, product.columns))
