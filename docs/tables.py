@@ -72,7 +72,7 @@ def _summary(root: Path) -> str:
     for entry in ENTRIES:
         row = _row(root / "results" / entry.directory / "results.json", entry)
         published = "" if row.published is None else f"{row.published:g}"
-        cells = (entry.title, str(entry.step), report.cell(row), published, report.training(row))
+        cells = (entry.title, str(entry.step), report.cell(row), published, report.trained_for(row))
         lines.append("| " + " | ".join(cells) + " |")
     return "".join(f"{line}\n" for line in lines)
 

@@ -64,7 +64,8 @@ class Checkpoints:
         """
         tree = _without_keys(tree)
         seal = {"checksum": _checksum(tree), "shapes": _shapes(tree)}
-        items = ocp.args.Composite(tree=ocp.args.StandardSave(_of_this_process(tree)), seal=ocp.args.JsonSave(seal))
+        on_host = jax.tree.map(np.asarray, tree)  # JAX arrays would be parts of global ones, where there are several processes
+        items = ocp.args.Composite(tree=ocp.args.StandardSave(on_host), seal=ocp.args.JsonSave(seal))
         try:
             self._manager.save(step, args=items, force=True)
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
@@ -115,11 +116,12 @@ class Checkpoints:
                     f"the checkpoint in {self.directory} is one of another model or method: at {path} it has "
                     f"{saved.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}. Choose another directory."
                 )
-        target = _of_this_process(jax.tree.map(ocp.utils.to_shape_dtype_struct, plain))
+        target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), plain)
         tree = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(target)))["tree"]
         if _checksum(tree) != seal["checksum"]:
             raise ValueError("its checksum does not match")
-        return jax.tree.map(lambda leaf, old: jax.random.wrap_key_data(leaf) if _is_key(old) else leaf, tree, like)
+        # Bound to no device, as what a fresh run begins with, so that both run the same program: one is in the cache of the other.
+        return jax.tree.map(lambda leaf, old: jax.random.wrap_key_data(leaf) if _is_key(old) else jnp.asarray(leaf), tree, like)
 
 
 def claim_directory(directory: Path, config: dict[str, Any]) -> None:
@@ -208,15 +210,6 @@ def _is_key(leaf: Any) -> bool:
 def _without_keys(tree: PyTree) -> PyTree:
     """Random keys as the integers behind them, which can be stored."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
-
-
-def _of_this_process(tree: PyTree) -> PyTree:
-    """Where there are several, Orbax takes JAX arrays for parts of global ones, but NumPy's as they are."""
-    if jax.process_count() == 1:
-        return tree
-    return jax.tree.map(
-        lambda leaf: np.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf), tree
-    )
 
 
 def _checksum(tree: PyTree) -> int:

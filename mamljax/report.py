@@ -169,7 +169,7 @@ def cell(row: Row) -> str:
     return missing if row.mean is None else _number(row.mean) + interval
 
 
-def training(row: Row) -> str:
+def trained_for(row: Row) -> str:
     """How far the training went that a number is of, as tables have it."""
     seconds = "" if row.seconds is None else f", {row.seconds:,.0f} s"
     return f"{row.meta_updates:,} meta-updates, {_plural(row.seeds, 'seed')}{seconds}"
@@ -253,7 +253,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         first = next(iter(mine.values()))
         name = f"{first.method} ({first.note})" if first.note and (trained or first.mean is not None) else first.method
         cells = [_beside_published(mine[step]) if step in mine else "" for step in steps]
-        scope = [training(first), f"{first.tasks} tasks, {first.protocol} protocol"]
+        scope = [trained_for(first), f"{first.tasks} tasks, {first.protocol} protocol"]
         lines.append("| " + " | ".join([name, *cells, *(scope if trained else [])]) + " |")
     if not trained:
         return [*lines, "", "; ".join(sorted({row.protocol for row in rows})) + "."]

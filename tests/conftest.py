@@ -1,11 +1,16 @@
 """For the whole suite: no silent broadcasting between ranks; four CPU devices; programs compiled fast rather than to be fast.
 
-Warnings are errors (setup.cfg).
+What one test compiled, the next one and the scripts that tests start read from a cache of the suite's own. Warnings are errors
+(setup.cfg).
 """
 
 import os
+import tempfile
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"  # half the time of the suite
+if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the environment
+    _CACHE = tempfile.TemporaryDirectory(prefix="mamljax-tests-", ignore_cleanup_errors=True)  # goes when the suite ends
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 
 import jax
 

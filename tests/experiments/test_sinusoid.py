@@ -243,10 +243,7 @@ def parameters(out, method="maml"):
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
     arguments = [*TINY, "--method", "maml", "--steps", "40000", "--log-every", "500"]
     arguments += ["--validate-every", "10000", "--checkpoint-seconds", "0.1"]
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
+    environment = os.environ | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
     def start(out):
         command = [sys.executable, SCRIPT, *arguments, "--out", out]
