@@ -109,7 +109,7 @@ def _one_at_a_time(*choices: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 
 
 def _sinusoids(options: Options, width: int, points: int) -> Setting:
-    model = mlp(1, (width, width), 1, kernel_init=jax.nn.initializers.lecun_normal())
+    model = mlp(1, (width, width), 1)
     tasks = jax.vmap(sinusoid(shots=points, queries=10))(jax.random.split(jax.random.key(0), options.num_tasks))
     return Setting(f"sinusoid, {points} support points, width {width}", model, mse, tasks, options.inner_steps)
 

@@ -86,7 +86,7 @@ def by_library(learner: MetaLearner, updates: int) -> Callable[[], Array]:
 
 def measure(options: Options) -> list[report.Row]:
     """Rows of each method: time of a meta-update, and that relative to the one written by hand."""
-    model = mlp(1, (40, 40), 1, kernel_init=jax.nn.initializers.lecun_normal())
+    model = mlp(1, (40, 40), 1)
     settings = {"rule": INNER_LR, "inner_steps": 1, "eval_steps": 1, "tx": optax.adam(1e-3)}
     learners = {mode: maml(model, mse, differentiation=mode, **settings) for mode in ("reverse", "mixed", "first_order")}
     runs = {"written by hand, second order": by_hand(model.init(jax.random.key(0)), options.updates)}

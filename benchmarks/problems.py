@@ -54,7 +54,7 @@ PROBLEMS = {
 def build_model(problem: Problem) -> Model:
     """Build the network."""
     if problem.network == "mlp":
-        return mlp(1, (problem.width, problem.width), 1, kernel_init=jax.nn.initializers.lecun_normal())
+        return mlp(1, (problem.width, problem.width), 1)
     module = {"strided_conv": StridedConvNet, "pooled_conv": PooledConvNet}[problem.network]
     return from_linen(module(problem.ways, problem.width), jnp.zeros((1, *problem.image)))
 

@@ -77,10 +77,11 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
     support = Examples(load([file for of_class in files for file in of_class], run), labels)
 
+    jax.config.update("jax_default_matmul_precision", run.precision)
     image = jnp.zeros(few_shot.image_shape(run))
     data = few_shot.Data(image, run.ways, checksum="", train=None, val=None, test=None, labelled=None)  # it learns no more
     learner = few_shot.build_learner(options.method, run, data, eval_steps=steps, rule=lr)
-    states = read_best(learner, options.checkpoint / "checkpoints" / options.method, seeds=run.seeds)
+    states = read_best(learner, options.checkpoint / "checkpoints" / options.method)
     params = jax.tree.map(lambda leaf: leaf[0], states.params)
     network = few_shot.build_network(run, image, run.ways)
     adapted, _ = fine_tune(network, cross_entropy, params, support, all_but(few_shot.NORM_PARAMETERS, lr), steps)

@@ -64,7 +64,7 @@ def execute(options: Options, run: runner.Run) -> None:
         with run.sharing():
             lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
             learner = build_learner(method, options, data, eval_steps=options.eval_steps, rule=lr)
-            sizes = {"num_tasks": eval_tasks(options), "batch_size": options.chunk_size}
+            sizes = {"num_tasks": eval_tasks(options), "batch_size": runner.tasks_at_a_time(options)}
             scores = accuracies(learner, states, data.test, seed=TEST_SEED, **sizes)
         mean, ci95 = mean_and_ci95(100 * scores)
         published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
@@ -73,7 +73,7 @@ def execute(options: Options, run: runner.Run) -> None:
             ci95,
             method=method,
             setting=cell(options),
-            protocol=options.protocol,
+            protocol=options.protocol + ", inductive" * (options.statistics == "inductive"),
             metric="accuracy in %",
             tasks=eval_tasks(options),
             published={} if published is None else {options.test_steps if len(mean) > 1 else 0: published},
@@ -165,7 +165,7 @@ def build_learner(method: Method, options: Options, data: Data, *, eval_steps: i
     """Build the learner of a method, with a rule of adaptation for all parameters but those of normalisation."""
     tx = optax.adam(options.meta_lr)
     tx = tx if options.clip is None else optax.chain(optax.clip(options.clip), tx)
-    shared = {"tx": tx, "metric_fns": {"accuracy": accuracy}, "chunk_size": options.chunk_size}
+    shared = {"tx": tx, "metric_fns": {"accuracy": accuracy}, "chunk_size": runner.tasks_at_a_time(options)}
     adaptation = {"rule": all_but(NORM_PARAMETERS, rule), "eval_steps": eval_steps}
     if method in ("fine_tuning", "nearest_neighbour"):
         features = build_network(options, data.image, None)
@@ -190,7 +190,8 @@ def train(method: Method, options: Options, data: Data, run: runner.Run) -> tupl
 
     def validation_error(sample: SampleFn, state: State) -> Array:
         key = jax.random.key(VALIDATION_SEED)
-        scores = evaluate(learner, state, sample, key=key, num_tasks=options.validation_tasks, batch_size=options.chunk_size)
+        sizes = {"num_tasks": options.validation_tasks, "batch_size": runner.tasks_at_a_time(options)}
+        scores = evaluate(learner, state, sample, key=key, **sizes)
         return 1 - scores["accuracy"][:, -1].mean()
 
     sample = data.labelled if method in ("fine_tuning", "nearest_neighbour") else data.train
@@ -215,7 +216,7 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
     @jax.jit
     def score(lr: Array, states: State, sample: SampleFn) -> Array:
         learner = build_learner(method, options, data, eval_steps=options.test_steps, rule=optax.sgd(lr))
-        sizes = {"num_tasks": options.validation_tasks, "batch_size": options.chunk_size}
+        sizes = {"num_tasks": options.validation_tasks, "batch_size": runner.tasks_at_a_time(options)}
         scores = accuracies(learner, states, sample, seed=VALIDATION_SEED, **sizes)
         return scores[..., -1].mean()
 

@@ -98,9 +98,9 @@ class Options(runner.Options):
     """Bound on each element of the meta-gradient."""
     differentiation: Literal["mixed", "reverse"] = "reverse"
     """How MAML differentiates through adaptation; both are exact."""
-    chunk_size: int = 1
-    """Tasks differentiated or evaluated at a time, a divisor of --num-tasks. With convolutions 1 is fastest on a CPU; on
-    an accelerator take --num-tasks."""
+    chunk_size: int | None = None
+    """Tasks differentiated or evaluated at a time, a divisor of --num-tasks; by default one on a CPU, elsewhere all of a
+    meta-batch."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Arithmetic of products, where the device has others than float32; parameters are always float32."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -110,9 +110,9 @@ class Options(runner.Options):
     log_every: int = 100
     checkpoint_seconds: float = 30.0
 
-    # The first of the tuning_lrs decides which checkpoint of a method is best.
+    # Not the tuning_lrs: the first decides which checkpoint of a method is best.
     free = (
-        *(name for name in runner.Options.free if name != "tuning_lrs"),
+        *runner.Options.free,
         *("data_dir", "cache_dir", "images_on", "chunk_size", "eval_steps", "eval_tasks"),
     )
 
@@ -121,7 +121,7 @@ def _preset(name: str, **options: object) -> Options:
     return Options(preset=name, out=Path("out") / name, **options)
 
 
-FC = {"network": "fully_connected", "chunk_size": 32}
+FC = {"network": "fully_connected"}
 TWENTY_WAY = {"ways": 20, "num_tasks": 16, "inner_steps": 5, "test_steps": 5, "differentiation": "mixed"}
 MINI = {"dataset": "miniimagenet", "network": "pooled_conv", "filters": 32, "num_tasks": 4, "queries": 15, "inner_lr": 0.05}
 MINI |= {"inner_steps": 5, "test_steps": 10, "differentiation": "mixed"}

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import reinforcement
 import runner
+import tyro
 from jax import Array, lax
 from reinforcement import TEST_SEED, Trained
 
@@ -62,8 +63,8 @@ class Options(reinforcement.Options):
 
     preset: Problem = "half_cheetah_velocity"
     """The robot and what it is to do, with the paper's values for all options below and above."""
-    task: Problem = "half_cheetah_velocity"
-    """The robot and what it is to do."""
+    task: tyro.conf.Suppress[tyro.conf.Fixed[Problem]] = "half_cheetah_velocity"
+    """The robot and what it is to do, as the preset says."""
     protocol: Literal["paper", "gymnasium"] = "paper"
     """Simulation, observation and reward: as in the authors' code, 1 step of the physics for each action (paper); or those of
     Gymnasium's HalfCheetah-v5 and Ant-v5, 5 steps (gymnasium)."""

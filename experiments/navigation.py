@@ -1,7 +1,7 @@
 """2D navigation: figure 4 of Finn et al. 2017, and its table in the appendix. `python experiments/navigation.py`
 
 Each method trains one policy to move a point to goals that it does not see, and is judged on new goals before and after each
-of a few policy-gradient steps on 20 trajectories.
+of a few policy-gradient steps.
 """
 
 import dataclasses

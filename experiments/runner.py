@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import tyro
 
 from mamljax import report
@@ -71,7 +71,7 @@ class Options:
     # Options that do not decide how a training goes, so that they may change when it is resumed.
     free = (
         *("preset", "method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard"),
-        *("eval_shots", "tuning_lrs", "devices", "distributed", "join_seconds"),
+        *("devices", "distributed", "join_seconds"),
     )
 
 
@@ -98,7 +98,7 @@ class Run:
         claim_directory(options.out, {"experiment": experiment, **fixed})
         several = options.distributed or (options.devices or 1) > 1
         self.mesh = task_mesh(options.devices) if several else None
-        self.keys = jax.vmap(jax.random.key)(options.seed + jnp.arange(options.seeds))
+        self.keys = jax.vmap(jax.random.key)(np.uint32(options.seed) + np.arange(options.seeds, dtype=np.uint32))
         self._started = time.monotonic()
 
     def train(self, method: str, learner: MetaLearner, sample: Callable, **arguments: Any) -> Result:
@@ -141,7 +141,8 @@ class Run:
         """Write `results.json` and `report.md`, show the tables, and say how to go on if time ran out."""
         out = self.options.out
         seconds = sum(result.seconds for result in self.results.values())
-        report.write_results(out / "results.json", experiment=self.experiment, config=self.config, rows=rows, seconds=seconds)
+        effort = {"seconds": seconds, "num_devices": self.mesh.size if self.mesh else 1}
+        report.write_results(out / "results.json", experiment=self.experiment, config=self.config, rows=rows, **effort)
         results = report.read_results(out / "results.json")
         text = report.markdown(results)
         write_atomically(out / "report.md", text)
@@ -153,6 +154,11 @@ class Run:
                 done = f"{result.num_updates:,} of {self.options.steps:,} meta-updates"
                 print(f"{method}: time ran out after {done}. The same command goes on from there.")
         return results
+
+
+def tasks_at_a_time(options: AnyOptions) -> int:
+    """`--chunk-size`, or what is best by default: one task on a CPU, whose cache holds it; elsewhere a whole meta-batch."""
+    return options.chunk_size or (1 if jax.default_backend() == "cpu" else options.num_tasks)
 
 
 def _check_ranges(options: Options) -> None:
@@ -195,6 +201,7 @@ def main(
         jax.config.update("jax_compilation_cache_dir", str(cache / "mamljax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long as well
+    jax.config.update("jax_default_matmul_precision", "float32")  # not what accelerators take for it by default
     # Orbax logs a traceback for each part of a failed save; what is wrong is said below, once.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
@@ -208,17 +215,28 @@ def main(
         print(f"error: {message}. Make room, or choose another --out; what was saved before is kept.", file=sys.stderr)
         return 2
     except (jax.errors.JaxRuntimeError, ValueError, CheckpointError, DataError, DivergenceError, report.ResultsError) as error:
-        of_runtime = STATUS.match(str(error)) is not None
-        if options.distributed and of_runtime:
-            lost = f"error: another process was lost ({str(error).splitlines()[0]})"
-            print(f"{lost}. Start all of them again: the same command goes on from the last checkpoint.", file=sys.stderr)
+        message = _message(error, options)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        if options.distributed and STATUS.match(str(error)):
             sys.stderr.flush()
             os._exit(2)  # by the usual way JAX would wait for the lost one, and then abort with a trace of its own
-        if of_runtime:
-            raise
-        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _message(error: Exception, options: Options) -> str | None:
+    """What is wrong, and what to do about it; None if only a traceback can tell."""
+    if not STATUS.match(str(error)):
+        return str(error)
+    status = str(error).splitlines()[0]
+    if status.startswith("RESOURCE_EXHAUSTED"):
+        return f"out of memory ({status}). Lower --chunk-size, where there is one, or --num-tasks."
+    if options.distributed:
+        remedy = "Start all of them again: the same command goes on from the last checkpoint."
+        return f"another process was lost ({status}). {remedy}"
+    return None
 
 
 def run_script(experiment: str, presets: Mapping[str, AnyOptions], execute: Callable[[AnyOptions, Run], None]) -> NoReturn:

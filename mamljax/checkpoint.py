@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import Array
 
 from mamljax.files import write_atomically
 from mamljax.types import PyTree
@@ -77,7 +78,7 @@ class Checkpoints:
             ) from error
 
     def restore(self, like: PyTree) -> tuple[int, PyTree] | None:
-        """Read the newest checkpoint that is whole.
+        """Read the newest checkpoint that is whole. Newer ones, which cannot be read, are put aside, into `damaged/`.
 
         Args:
             like: arrays, or their shapes, in the structure of what was saved.
@@ -92,16 +93,16 @@ class Checkpoints:
         for step in steps:
             try:
                 tree = self._read(step, like)
-            except CheckpointError:
+            except (CheckpointError, MemoryError):
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax or tensorstore raise
                 print(f"The checkpoint of meta-update {step} in {self.directory} cannot be read ({_in_short(error)}); "
                       "falling back to the one before.", file=sys.stderr)  # fmt: skip
                 continue
             for damaged in (s for s in steps if s > step and self.writes):
-                shutil.rmtree(self.directory / "steps" / str(damaged), ignore_errors=True)
+                self._put_aside(damaged)
             self._manager.reload()
-            return step, tree
+            return step, _as_jax_arrays(tree, like)
         if steps:
             raise CheckpointError(f"no checkpoint in {self.directory} can be read. Delete that directory to start afresh.")
         return None
@@ -120,8 +121,13 @@ class Checkpoints:
         tree = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(target)))["tree"]
         if _checksum(tree) != seal["checksum"]:
             raise ValueError("its checksum does not match")
-        # Bound to no device, as what a fresh run begins with, so that both run the same program: one is in the cache of the other.
-        return jax.tree.map(lambda leaf, old: jax.random.wrap_key_data(leaf) if _is_key(old) else jnp.asarray(leaf), tree, like)
+        return tree
+
+    def _put_aside(self, step: int) -> None:
+        aside = self.directory / "damaged"
+        aside.mkdir(exist_ok=True)
+        shutil.rmtree(aside / str(step), ignore_errors=True)
+        (self.directory / "steps" / str(step)).rename(aside / str(step))
 
 
 def claim_directory(directory: Path, config: dict[str, Any]) -> None:
@@ -210,6 +216,21 @@ def _is_key(leaf: Any) -> bool:
 def _without_keys(tree: PyTree) -> PyTree:
     """Random keys as the integers behind them, which can be stored."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def _as_jax_arrays(tree: PyTree, like: PyTree) -> PyTree:
+    """NumPy's arrays as JAX's, and integers as random keys where `like` has keys.
+
+    They are bound to no device, as is what a fresh run begins with: else a resumed run would have to compile a program of its
+    own.
+    """
+
+    def convert(leaf: np.ndarray, like: Any) -> Array:
+        if not _is_key(like):
+            return jnp.asarray(leaf)
+        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(jnp.empty(like.shape, like.dtype)))
+
+    return jax.tree.map(convert, tree, like)
 
 
 def _checksum(tree: PyTree) -> int:

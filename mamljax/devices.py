@@ -88,6 +88,13 @@ def take_back(tree: PyTree, mesh: Mesh | None) -> PyTree:
     return jax.tree.map(jnp.asarray, _map_data(lambda leaf: leaf, jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)))
 
 
+def host() -> jax.Device:
+    """The CPU as a device; or the default device, where JAX was told to know no CPU."""
+    with contextlib.suppress(RuntimeError):
+        return jax.local_devices(backend="cpu")[0]
+    return jax.local_devices()[0]
+
+
 def is_first_host() -> bool:
     """Whether this process is the one that writes files."""
     return jax.process_index() == 0

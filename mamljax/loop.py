@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
-from mamljax.devices import BY_TASK, EVERYWHERE, divide, place
+from mamljax.devices import BY_TASK, EVERYWHERE, divide, host, place
 from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_argument
 
 DRAWN_AHEAD = 2**18  # bytes of tasks at most; larger ones are drawn for one meta-update at a time
@@ -91,7 +91,12 @@ def preparation(
         by_device = jnp.moveaxis(keys.reshape(-1, length, len(devices), num_tasks // len(devices)), 2, 0)
         return by_device[mine].reshape(-1)
 
-    return lambda start: place(sample.prepare(task_keys(start)), mesh, BY_TASK), BY_TASK
+    def sampler_from(start: int) -> SampleFn:
+        with jax.default_device(host()):  # an accelerator would take this in its turn, after the meta-updates that it is at
+            prepared = sample.prepare(task_keys(start))
+        return place(prepared, mesh, BY_TASK)
+
+    return sampler_from, BY_TASK
 
 
 def over_seeds(shape: tuple[int, ...], fn: Callable, in_axes: int | tuple = 0) -> Callable:

@@ -67,10 +67,10 @@ def rows_over_steps(
     return rows
 
 
-def environment() -> dict[str, Any]:
-    """The device, the versions and the commit that a results file was made with."""
+def environment(num_devices: int = 1) -> dict[str, Any]:
+    """The devices, the versions and the commit that a results file was made with."""
     device = jax.devices()[0]
-    name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{jax.device_count()} x {device.device_kind}"
+    name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{num_devices} x {device.device_kind}"
     versions = {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}}
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
@@ -82,7 +82,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_results(
-    path: Path, *, experiment: str, config: Mapping[str, Any], rows: Sequence[Row], seconds: float
+    path: Path, *, experiment: str, config: Mapping[str, Any], rows: Sequence[Row], seconds: float, num_devices: int = 1
 ) -> dict[str, Any]:
     """Write a results file, atomically, and return what it holds.
 
@@ -92,6 +92,7 @@ def write_results(
         config: its options, as JSON values.
         rows: the numbers; one that is not finite becomes null.
         seconds: time spent in training.
+        num_devices: how many were used.
     """
 
     def plain(value: Any) -> Any:
@@ -100,7 +101,7 @@ def write_results(
     results = {
         "experiment": experiment,
         "config": {key: plain(value) for key, value in config.items()},
-        "environment": environment(),
+        "environment": environment(num_devices),
         "seconds": round(seconds, 1),
         "rows": [{key: plain(value) for key, value in row._asdict().items()} for row in rows],
     }

@@ -184,26 +184,28 @@ def _progress_bar(label: str, done: int, total: int, *, shown: bool) -> tqdm:
     return tqdm(total=total, initial=done, desc=label, unit="update", disable=not shown, mininterval=seldom)
 
 
-def read_best(learner: MetaLearner, directory: str | Path, *, seeds: int) -> State:
-    """Read the best state of a run that `fit` has saved.
+def read_best(learner: MetaLearner, directory: str | Path) -> State:
+    """Read the best state of a run that `fit` has saved, of one that is still training too.
 
     Args:
         learner: as it was trained.
-        directory: that of the run.
-        seeds: how many keys it was trained from.
+        directory: that of the run; the scripts in `experiments/` keep one for each method, `OUT/checkpoints/METHOD`.
 
     Returns:
-        The state, every leaf with a leading axis [seeds].
+        The state; of a run from a vector of keys, every leaf with a leading axis [keys].
 
     Raises:
         CheckpointError: there is no run, or it is one of another model or method; the first difference is named.
     """
-    read_config(Path(directory))
-    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    saved = Checkpoints(directory, None).restore(jax.eval_shape(jax.vmap(functools.partial(_start, learner)), keys))
+    config = read_config(Path(directory))
+    if "key" not in config:
+        raise CheckpointError(f"{directory} is none that `fit` was given. A script's are OUT/checkpoints/METHOD.")
+    key = jax.random.wrap_key_data(jnp.array(config["key"], jnp.uint32))
+    by_seed = functools.partial(over_seeds, key.shape)
+    saved = Checkpoints(directory, None).restore(jax.eval_shape(by_seed(functools.partial(_start, learner)), key))
     if saved is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
-    return jax.vmap(_best)(saved[1])
+    return by_seed(_best)(saved[1])
 
 
 def _checked_mesh(mesh: Mesh | None, num_tasks: int) -> Mesh | None:

@@ -52,6 +52,13 @@ def test_round_trip(two):
     assert_equal(tree, scaled(2))
 
 
+def test_random_keys_of_any_kind(tmp_path):
+    tree = {"key": jax.random.key(3, impl="rbg"), "keys": jax.random.split(jax.random.key(4))}
+    Checkpoints(tmp_path, {}).save(1, tree)
+    _, found = Checkpoints(tmp_path, {}).restore(jax.eval_shape(lambda: tree))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), found, tree)))
+
+
 def test_what_is_restored_is_bound_to_no_device(two):
     """Else a resumed run would compile another program than a fresh one, and might round differently."""
     assert not any(leaf.committed for leaf in jax.tree.leaves(restored(two)[1]))
@@ -94,7 +101,8 @@ def test_falls_back_to_the_one_before_and_says_so(two, damage, capfd):
     assert "The checkpoint of meta-update 2 in" in capfd.readouterr().err
     checkpoints = Checkpoints(two, {})
     checkpoints.restore(TREE)
-    checkpoints.save(2, scaled(5))  # the damaged one is out of the way
+    checkpoints.save(2, scaled(5))  # the damaged one is out of the way, but not lost
+    assert (two / "damaged" / "2").is_dir()
     assert_equal(restored(two)[1], scaled(5))
 
 

@@ -19,7 +19,7 @@ from mamljax.tasks.sinusoid import sinusoid
 from mamljax.types import MetaLearner
 
 KEY = jax.random.key(0)
-MODEL = mlp(1, (8, 8), 1, kernel_init=jax.nn.initializers.lecun_normal())
+MODEL = mlp(1, (8, 8), 1)
 METRICS = {"absolute": lambda outputs, y: jnp.abs(outputs - y).mean(), "mean_output": lambda outputs, y: outputs.mean()}
 TRAINING = {"tx": optax.adam(1e-2), "metric_fns": METRICS}
 SAMPLE = sinusoid(shots=5, queries=6)

@@ -28,7 +28,7 @@ from mamljax.types import as_argument
 
 KEY = jax.random.key(0)
 KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
-MODEL = mlp(1, (4,), 1, kernel_init=jax.nn.initializers.lecun_normal())
+MODEL = mlp(1, (4,), 1)
 LEARNER = maml(MODEL, mse, rule=0.01, inner_steps=1, eval_steps=2, tx=optax.adam(1e-2))
 SAMPLE = sinusoid(shots=3, queries=3)
 

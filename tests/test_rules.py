@@ -68,7 +68,7 @@ def test_step_sizes_per_parameter():
 
 
 def test_learned_step_sizes_begin_as_gradient_descent():
-    model = mlp(1, (8,), 1, kernel_init=jax.nn.initializers.lecun_normal())
+    model = mlp(1, (8,), 1)
     learning, rule = learned_step_sizes(model, 0.1)
     params, x = model.init(jax.random.key(0)), jnp.ones((4, 1))
     data = jnp.zeros((3, 1))
@@ -93,7 +93,7 @@ def test_meta_gradient_of_a_learned_step_size(mode):
 
 
 def test_maml_learns_step_sizes():
-    model, rule = learned_step_sizes(mlp(1, (8,), 1, kernel_init=jax.nn.initializers.lecun_normal()), 0.01)
+    model, rule = learned_step_sizes(mlp(1, (8,), 1), 0.01)
     learner = maml(model, mse, rule=rule, inner_steps=2, eval_steps=2, tx=optax.adam(1e-2))
     x = jnp.linspace(-1, 1, 5)[None, :, None]
     tasks = Task(*[Examples(x, jnp.sin(x))] * 2)

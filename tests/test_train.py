@@ -22,12 +22,12 @@ from mamljax.models import mlp
 from mamljax.outer import meta_learner
 from mamljax.record import Record, read_metrics
 from mamljax.tasks.sinusoid import sinusoid
-from mamljax.train import DivergenceError, fit
+from mamljax.train import DivergenceError, fit, read_best
 from mamljax.types import MetaLearner, State
 
 KEY = jax.random.key(0)
 KEYS = jax.vmap(jax.random.key)(jnp.arange(3))
-MODEL = mlp(1, (4,), 1, kernel_init=jax.nn.initializers.lecun_normal())
+MODEL = mlp(1, (4,), 1)
 LEARNER = maml(MODEL, mse, rule=0.01, inner_steps=1, eval_steps=1, tx=optax.adam(1e-2))
 SAMPLE = sinusoid(shots=3, queries=3)
 
@@ -128,6 +128,18 @@ def test_several_seeds_are_the_single_ones():
 def test_a_lone_seed_of_several_has_an_axis_too():
     alone = train().state
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b[None]), train(key=KEYS[:1]).state, alone)
+
+
+def test_the_best_state_is_read_back(tmp_path):
+    for name, key in (("one", KEY), ("three", KEYS)):
+        best = train(key=key, directory=tmp_path / name).best
+        assert_equal(read_best(LEARNER, tmp_path / name), best)
+
+
+def test_the_best_state_is_read_from_a_directory_of_fit(tmp_path):
+    (tmp_path / "config.json").write_text('{"experiment": "sinusoid"}')
+    with pytest.raises(CheckpointError, match=r"is none that `fit` was given. A script's are OUT/checkpoints/METHOD"):
+        read_best(LEARNER, tmp_path)
 
 
 def test_several_seeds_go_on(tmp_path):
@@ -395,7 +407,7 @@ def test_files_are_json_lines(tmp_path):
 @pytest.mark.slow
 def test_maml_learns_to_adapt():
     """2,000 meta-updates on sinusoids: one step helps much, ten steps more; the untrained network gains less."""
-    model = mlp(1, (40, 40), 1, kernel_init=jax.nn.initializers.lecun_normal())
+    model = mlp(1, (40, 40), 1)
     learner = maml(model, mse, rule=0.001, inner_steps=1, eval_steps=10, tx=optax.adam(1e-3))
     sample = sinusoid(shots=10, queries=10)
     state = train(learner, sample, num_updates=2000, num_tasks=25, log_every=500).state

@@ -8,7 +8,7 @@ import numpy as np
 
 from mamljax.checks import check_count
 from mamljax.data.bank import Bank, DataError, Source, prepared_bank
-from mamljax.data.decoding import MODES, decode
+from mamljax.data.decoding import DECODING, MODES, decode
 
 SPLITS = ("train", "val", "test")
 VAL_SHARE, TEST_SHARE = 0.16, 0.20  # of the classes, where the folders do not say; those of miniImageNet
@@ -44,7 +44,7 @@ def image_folders(data_dir: str | Path, cache_dir: str | Path | None = None, *, 
             f"cannot read {error.filename or data_dir}: {error.strerror}. Pass the directory of the class folders with "
             "--data-dir."
         ) from error
-    digest = hashlib.sha256(repr((size, channels, state)).encode()).hexdigest()
+    digest = hashlib.sha256(repr((DECODING, size, channels, state)).encode()).hexdigest()
     return prepared_bank(f"folders-{digest[:16]}", lambda: _source(classes, size, channels), cache_dir)
 
 

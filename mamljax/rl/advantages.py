@@ -49,7 +49,8 @@ def linear_baseline(observations: Array, time: Array, returns: Array, mask: Arra
     """
     phi = features(observations, time)
     design = (phi * mask[..., None]).reshape(-1, phi.shape[-1])
-    return phi @ _ridge_regression(design, (returns * mask).reshape(-1), jnp.sqrt(ridge)) * mask
+    weights = _ridge_regression(design, (returns * mask).reshape(-1), jnp.sqrt(ridge))
+    return jnp.matmul(phi, weights, precision="float32") * mask
 
 
 # One task after the other: LAPACK divides a batch among the threads of a pool, and waits for them. On a CPU with as many
@@ -59,7 +60,7 @@ def _ridge_regression(design: Array, targets: Array, root: Array) -> Array:
     """The weights [f] that fit targets [n] by the rows of design [n, f], with the square root of the ridge."""
     # By QR of the matrix with the ridge as further rows: the normal equations of powers of time are too much for float32.
     q, r = jnp.linalg.qr(jnp.concatenate([design, root * jnp.eye(design.shape[1], dtype=design.dtype)]))
-    return solve_triangular(r, q[: len(design)].T @ targets)
+    return solve_triangular(r, jnp.matmul(q[: len(design)].T, targets, precision="float32"))
 
 
 def generalised_advantages(rewards: Array, values: Array, ends: Array, *, discount: float, gae_lambda: float) -> Array:

@@ -43,9 +43,26 @@ def test_modes(mode):
 
 
 def test_a_palette_with_transparency():
-    image = Image.fromarray(PIXELS).quantize(4)
-    found = decode(encode(image, transparency=bytes([0, 100, 200, 255])), size=6, channels=3, name="a")
-    np.testing.assert_array_equal(found, np.asarray(image.convert("RGB")))
+    image, opacity = Image.fromarray(PIXELS).quantize(4), np.array([0, 100, 200, 255])
+    found = decode(encode(image, transparency=bytes(opacity.tolist())), size=6, channels=3, name="a")
+    share = opacity[np.asarray(image)][..., None] / 255
+    np.testing.assert_allclose(found, share * np.asarray(image.convert("RGB")) + (1 - share) * 255, atol=1)
+
+
+def test_black_ink_on_transparent_black_is_black_on_white():
+    pixels = np.zeros((6, 6, 4), np.uint8)
+    pixels[2, :, 3] = 255
+    found = decode(encode(Image.fromarray(pixels)), size=6, channels=1, name="a")
+    assert (found[2] == 0).all()
+    assert (np.delete(found, 2, axis=0) == 255).all()
+
+
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (8, 1), (3, 2), (6, 3)])
+def test_photographs_are_upright(orientation, turns):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = decode(encode(Image.fromarray(PIXELS), exif=exif), size=6, channels=3, name="a")
+    np.testing.assert_array_equal(found, np.rot90(PIXELS, turns))
 
 
 def png_of_16_bits():

@@ -58,7 +58,7 @@ def test_where_nothing_can_render_it_says_so(tmp_path, capsys, monkeypatch):
     env = locomotion.locomotion(options.task)
     params = reinforcement.policy_and_collector(options, env)[0].init(jax.random.key(0))
     states = State(jax.tree.map(lambda leaf: leaf[None], params), ())
-    locomotion.draw_strip(options, env, reinforcement.Trained(states, 1, 0.1, None, None, None), tmp_path / "strip.png")
+    locomotion.draw_strip(options, env, reinforcement.Trained(states, {}, 0.1, None, None, None), tmp_path / "strip.png")
     assert "no strip of frames: cannot render: tried nothing" in capsys.readouterr().err
     assert drawn[0].shape == (3, 9)  # horizon, and the positions of a half-cheetah
     assert jnp.isfinite(drawn[0]).all()
@@ -86,6 +86,6 @@ def test_published_numbers(task, normalised):
 
 def test_an_unknown_task(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        main("--out", tmp_path / "run", "--task", "humanoid")
+        main("--out", tmp_path / "run", "--preset", "humanoid")
     assert stop.value.code == 2
     assert "humanoid" in capsys.readouterr().err

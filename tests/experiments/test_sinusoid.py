@@ -135,6 +135,8 @@ def test_presets_do_not_share_a_directory():
 def test_seeds_are_32_bits(tmp_path, capsys):
     assert main("--out", tmp_path / "run", "--seed", 2**32) == 2
     assert "error: --seed and --seeds must stay below 2**32" in capsys.readouterr().err
+    run = runner.Run("sinusoid", dataclasses.replace(sinusoid.PRESETS["paper"], out=tmp_path / "run", seed=2**32 - 1))
+    assert run.keys == jax.random.key(np.uint32(2**32 - 1))
 
 
 def test_time_limit_reports_what_there_is(tmp_path, capsys):

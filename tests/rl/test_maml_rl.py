@@ -17,7 +17,7 @@ from mamljax.rl.collect import collector
 from mamljax.rl.environment import Environment, Step
 from mamljax.rl.maml_rl import act, divergence, fine_tune, maml_rl, reinforce_loss, surrogate_loss
 from mamljax.rl.observed import with_task_observed
-from mamljax.rl.trpo import hessian_vector_product, trpo
+from mamljax.rl.trpo import TrustRegionState, hessian_vector_product, trpo
 from mamljax.types import MetaLearner, Model
 
 KEY = jax.random.key(0)
@@ -150,7 +150,15 @@ def test_trpo_keeps_to_the_bound_and_improves_the_surrogate(name):
 
 
 def test_what_the_line_search_found_is_not_computed_again():
-    """Of a TRPO that is part of a chain nothing is known, so that it is computed."""
+    """An outer optimiser that reports what nobody could compute."""
+    found = TrustRegionState(*jnp.array([1.0, 5.0, 7.0]))
+    tx = optax.GradientTransformationExtraArgs(lambda params: found, lambda grads, state, params, **extra: (grads, found))
+    learner = MAML(inner_steps=1, tx=tx)
+    _, metrics = jax.jit(learner.update)(KEY, learner.init(KEY), tasks_from(0))
+    assert metrics["kl"] == 7
+
+
+def test_of_a_trpo_in_a_chain_it_is_computed():
     known = compiled("maml by trpo")
     chained = MAML(inner_steps=1, tx=optax.chain(trpo(MAX_KL, damping=1e-3)))
     state, metrics = known[2](KEY, known[0].init(KEY), tasks_from(0))
