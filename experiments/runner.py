@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 import jax
 import numpy as np
 import tyro
+from processes import join_processes
 
 from mamljax import report
 from mamljax.checkpoint import CheckpointError, claim_directory
@@ -251,7 +251,7 @@ def run_script(experiment: str, presets: Mapping[str, AnyOptions], execute: Call
 
 @contextlib.contextmanager
 def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
-    """Make the devices and processes that were asked for; where files are written by another process, to a place of no account.
+    """Make the devices and join the processes that were asked for; files are written by the first, the others' to no account.
 
     Raises:
         ValueError: the other processes cannot be joined.
@@ -260,33 +260,8 @@ def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
         check_count("--devices", options.devices)
         with contextlib.suppress(RuntimeError):  # something has been computed already: there are as many as there are
             jax.config.update("jax_num_cpu_devices", options.devices)
-    if not options.distributed:
-        yield options
-        return
-    numbers = [os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")]
-    try:
-        num_processes, process_id = (None if number is None else int(number) for number in numbers)
-    except ValueError as error:
-        raise ValueError(f"JAX_NUM_PROCESSES and JAX_PROCESS_ID must be whole numbers, got {numbers}.") from error
-    coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS", "the coordinator")
-    failure = f"the other processes could not be joined at {coordinator} within {options.join_seconds} s"
-    remedy = "Start as many as JAX_NUM_PROCESSES says, each with its own JAX_PROCESS_ID, all with one JAX_COORDINATOR_ADDRESS."
-
-    def give_up() -> None:
-        print(f"error: {failure}. {remedy} Checkpoints are as they were.", file=sys.stderr, flush=True)
-        os._exit(2)
-
-    print(f"joining the other processes at {coordinator}, for {options.join_seconds} s at most", file=sys.stderr)
-    limits = dict.fromkeys(("heartbeat_timeout_seconds", "shutdown_timeout_seconds"), options.join_seconds)
-    timer = threading.Timer(options.join_seconds, give_up)  # JAX's own limit, which is later, aborts with a trace
-    timer.start()
-    try:
-        limits["initialization_timeout"] = options.join_seconds + 60
-        jax.distributed.initialize(num_processes=num_processes, process_id=process_id, **limits)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{failure}: {error} {remedy}") from error
-    finally:
-        timer.cancel()
+    if options.distributed:
+        join_processes(options.join_seconds)
     with contextlib.ExitStack() as stack:
         if not is_first_host():
             options = dataclasses.replace(options, out=Path(stack.enter_context(tempfile.TemporaryDirectory())))
