@@ -79,10 +79,10 @@ def train(mesh: Mesh | None, options: Options) -> Training:
     images = np.random.default_rng(0).integers(0, 256, (100, 2, 28, 28, 1), np.uint8)
     network = models.from_linen(image_models.StridedConvNet(5, options.filters), jnp.zeros((1, 28, 28, 1)))
     network = with_dtype(network, options.dtype)
-    rule, chunk_size = all_but(("shift",), 0.1), options.chunk_size
+    rule, modes = all_but(("shift",), 0.1), {"differentiation": "reverse", "chunk_size": options.chunk_size}
     # Not Adam: it would make whole steps of the rounding of gradients that are zero, those of biases before normalisation.
     tx = optax.sgd(0.001, momentum=0.9)
-    learner = maml(network, cross_entropy, rule=rule, inner_steps=1, eval_steps=1, tx=tx, chunk_size=chunk_size)
+    learner = maml(network, cross_entropy, rule=rule, inner_steps=1, eval_steps=1, tx=tx, **modes)
     key, length = jax.random.key(0), options.updates // CALLS
     state, sample, key = place((learner.init(key), episodes(images, ways=5, shots=1, queries=1), key), mesh)
     seconds = []
