@@ -43,7 +43,7 @@ class Options(runner.Options):
     num_tasks: int = 20
     trajectories: int = 20
     """K, trajectories before and after each adaptation step in training. Where they end early further ones follow, so that
-    there are K x H steps to learn from, as in the authors' code."""
+    there are nearly K x H steps to learn from, as in the authors' code."""
     horizon: int = 100
     """H, environment steps after which a trajectory ends."""
     discount: float = 0.99

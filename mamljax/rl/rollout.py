@@ -39,8 +39,9 @@ def rollout(
     """Let a policy act in E copies of one task, for T steps each.
 
     A trajectory ends after T steps, with the step that the environment calls `done`, or before a step whose state, observation
-    or reward is not finite. Where it ends early the next one begins, in one of the E first states, so that there are as many
-    steps to learn from as in the authors' code, whatever the policy.
+    or reward is not finite. Where it ends early the next one begins, in one of the E first states, so that there are about as
+    many steps to learn from as in the authors' code, whatever the policy. Those of a trajectory that is under way at the end
+    are masked, as theirs are left out: which favours trajectories that end early. `first` marks those that nothing selected.
 
     Args:
         key: a JAX random key.

@@ -1,10 +1,12 @@
 """The few-shot experiment and the use of its networks, as a user runs them, at tiny size on images drawn here."""
 
 import csv
+import dataclasses
 import json
 
 import adapt
 import few_shot
+import jax
 import numpy as np
 import pytest
 import runner
@@ -188,6 +190,15 @@ def test_presets_state_the_settings_of_the_paper():
     for p in presets.values():
         assert few_shot.eval_queries(p) == p.shots
         assert ("omniglot" not in p.preset) or p.queries == p.shots
+
+
+def test_tasks_at_a_time(monkeypatch):
+    """One on a CPU, a meta-batch elsewhere, unless something else is asked for."""
+    chosen = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], chunk_size=4)
+    for backend, by_default in (("cpu", 1), ("gpu", 32)):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert runner.tasks_at_a_time(few_shot.PRESETS["omniglot-5w1s"]) == by_default
+        assert runner.tasks_at_a_time(chosen) == 4
 
 
 def test_results_are_of_what_was_trained(finished):

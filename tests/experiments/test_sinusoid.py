@@ -139,6 +139,24 @@ def test_seeds_are_32_bits(tmp_path, capsys):
     assert run.keys == jax.random.key(np.uint32(2**32 - 1))
 
 
+def test_errors_of_the_runtime(tmp_path, capsys):
+    """To run out of memory is told in a line; what nothing is known of, by its traceback."""
+
+    def run(message):
+        def execute(options, run):
+            raise jax.errors.JaxRuntimeError(message)
+
+        return runner.main("sinusoid", sinusoid.PRESETS, execute, ["--out", str(tmp_path)])
+
+    assert run("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand more") == 2
+    expected = (
+        "error: out of memory (RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.). Lower --chunk-size, where there is one"
+    )
+    assert expected in capsys.readouterr().err
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        run("INTERNAL: something")
+
+
 def test_time_limit_reports_what_there_is(tmp_path, capsys):
     assert main("--out", tmp_path, "--method", "maml", "fomaml", "--steps", 10**8, "--max-minutes", 0.05) == 0
     rows = report.read_results(tmp_path / "results.json")["rows"]
