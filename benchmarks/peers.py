@@ -261,7 +261,7 @@ def row_of(
 
 
 def _named(params: PyTree) -> dict[str, np.ndarray]:
-    """Parameters by path: "PatchConv_0/kernel"."""
+    """Parameters by path: "Conv3x3_0/kernel"."""
     leaves = jax.tree.leaves_with_path(params)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Params = dict[str, Tensor]  # by the path that they have in the library: "PatchConv_0/kernel"
+Params = dict[str, Tensor]  # by the path that they have in the library: "Conv3x3_0/kernel"
 
 
 class Task(NamedTuple):
@@ -59,7 +59,7 @@ def mlp(params: Params, x: Tensor) -> Tensor:
 
 
 def _normalised(params: Params, block: int, x: Tensor, **keywords: int) -> Tensor:
-    x = functional.conv2d(x, params[f"PatchConv_{block}/kernel"], params[f"PatchConv_{block}/bias"], **keywords)
+    x = functional.conv2d(x, params[f"Conv3x3_{block}/kernel"], params[f"Conv3x3_{block}/bias"], **keywords)
     return functional.batch_norm(x, None, None, bias=params[f"BatchStatNorm_{block}/shift"], training=True, eps=1e-3)
 
 

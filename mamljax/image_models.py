@@ -1,16 +1,14 @@
 """The networks of the image experiments as Flax modules, and their layers."""
 
-import math
+import functools
 from collections.abc import Callable, Sequence
 
-import jax
 import jax.numpy as jnp
 from flax import linen
 from jax import Array, lax
 
+from mamljax.convolution import convolve, in_pieces
 from mamljax.types import PyTree
-
-PIECE_BYTES = 2**20  # of patches: about what a CPU core has in its cache while it multiplies
 
 
 class BatchStatNorm(linen.Module):
@@ -26,73 +24,50 @@ class BatchStatNorm(linen.Module):
     epsilon: float = 1e-3
 
     @linen.compact
-    def __call__(self, x: Array, moments: tuple[Array, Array] | None = None) -> Array:
-        """Normalise [n, ..., C] by its moments, or by others: mean and variance [n, ..., C] of each example."""
-        if moments is None:
-            axes = tuple(range(x.ndim - 1))
-            mean = x[: self.reference].mean(axes, keepdims=True)
-            variance = ((x[: self.reference] - mean) ** 2).mean(axes, keepdims=True)
-        else:
-            means, variances = (each[: self.reference] for each in moments)
-            mean = means.mean(0, keepdims=True)
-            variance = (variances + (means - mean) ** 2).mean(0, keepdims=True)
-        y = (x - mean) * lax.rsqrt(variance + self.epsilon)
+    def __call__(self, means: Array, variances: Array) -> Callable[[Array], Array]:
+        """Return the normalisation of examples [n, ..., C], or of any of them, by the `moments` [n, 1, ..., C] of all."""
+        means, variances = means[: self.reference], variances[: self.reference]
+        mean = means.mean(0, keepdims=True)
+        variance = (variances + (means - mean) ** 2).mean(0, keepdims=True)
+        factor = lax.rsqrt(variance + self.epsilon)
         if self.use_scale:
-            y = y * _channels(self.param("scale", linen.initializers.ones, x.shape[-1:]), x.ndim)
-        return y + _channels(self.param("shift", linen.initializers.zeros, x.shape[-1:]), x.ndim)
+            factor *= _channels(self.param("scale", linen.initializers.ones, mean.shape[-1:]), mean.ndim)
+        shift = _channels(self.param("shift", linen.initializers.zeros, mean.shape[-1:]), mean.ndim)
+        return lambda x: (x - mean) * factor + shift
 
 
-class PatchConv(linen.Module):
-    """A 3x3 convolution with zero padding ("SAME"), as patches and one matrix product.
+def moments(x: Array) -> tuple[Array, Array]:
+    """The mean and the variance of each channel in each example [n, ..., C]: both [n, 1, ..., C]."""
+    axes = tuple(range(1, x.ndim - 1))
+    mean = x.mean(axes, keepdims=True)
+    return mean, ((x - mean) ** 2).mean(axes, keepdims=True)
 
-    Equal to `flax.linen.Conv`, and an order of magnitude faster on a CPU where each task has its own kernel: there XLA
-    makes a grouped convolution of the usual form.
+
+def _identity(x: Array) -> Array:
+    return x
+
+
+class Conv3x3(linen.Module):
+    """A 3x3 convolution with zero padding ("SAME"), equal to `flax.linen.Conv`.
+
+    An order of magnitude faster on a CPU where each task has its own kernel; see `convolution.py`.
     """
 
     features: int
     stride: int = 1
     kernel_init: Callable = linen.initializers.glorot_uniform()
-    then: Callable[[Array], PyTree] = lambda y: y  # of the output, image by image; done while that is in the cache
 
     @linen.compact
-    def __call__(self, x: Array) -> PyTree:
-        """Convolve [n, H, W, C] to [n, ceil(H / stride), ceil(W / stride), features], or to what `then` makes of that."""
+    def __call__(
+        self, x: Array, before: Callable[[Array], Array] = _identity, then: Callable[[Array], PyTree] = _identity
+    ) -> PyTree:
+        """Convolve [n, H, W, C] to [n, ceil(H / stride), ceil(W / stride), features].
+
+        `before` is applied to the input, and `then` to the output, image by image, while these are in the cache.
+        """
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
-        bias = self.param("bias", linen.initializers.zeros, (self.features,))
-        # Transposed, the kernel's gradient is a product that CPUs do at nearly twice the rate.
-        rows = kernel.reshape(-1, self.features).T
-
-        def convolve(x: Array) -> PyTree:
-            patches = _patches(x, self.stride)
-            y = lax.dot_general(patches.reshape(-1, patches.shape[-1]), rows, (((1,), (1,)), ((), ())))
-            return self.then(y.reshape(*patches.shape[:-1], self.features) + _channels(bias, 4))
-
-        patch_bytes = 9 * math.prod(x.shape[1:]) * x.dtype.itemsize // self.stride**2  # of one image
-        return _in_pieces(convolve, x, max(1, PIECE_BYTES // patch_bytes))
-
-
-def _in_pieces(convolve: Callable[[Array], PyTree], x: Array, at_most: int) -> PyTree:
-    """`convolve(x)`, but on a CPU, where x is many times `at_most` images, only so many at a time.
-
-    The patches of many large images would go through memory, and so would their gradients. Those of a piece stay in the
-    cache; for the gradients they are made again.
-    """
-    n = len(x)
-    if n <= 4 * at_most or jax.default_backend() != "cpu":
-        return convolve(x)
-    size = next(size for size in range(at_most, 0, -1) if n % size == 0)
-    y = lax.map(jax.checkpoint(convolve), x.reshape(n // size, size, *x.shape[1:]))
-    return jax.tree.map(lambda leaf: leaf.reshape(n, *leaf.shape[2:]), y)
-
-
-def _patches(x: Array, stride: int) -> Array:
-    """The 3x3 neighbourhoods of [n, H, W, C] as [n, ceil(H / stride), ceil(W / stride), 9 C], kernel position first."""
-    sizes = [-(-size // stride) for size in x.shape[1:3]]
-    missing = [max((size - 1) * stride + 3 - old, 0) for size, old in zip(sizes, x.shape[1:3], strict=True)]
-    x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in missing), (0, 0)))
-    rows, columns = ((size - 1) * stride + 1 for size in sizes)
-    shifted = [x[:, i : i + rows : stride, j : j + columns : stride] for i in range(3) for j in range(3)]
-    return jnp.concatenate(shifted, axis=-1)
+        bias = _channels(self.param("bias", linen.initializers.zeros, (self.features,)), 4)
+        return in_pieces(lambda x: then(convolve(before(x), kernel, self.stride) + bias), x, stride=self.stride)
 
 
 def _channels(values: Array, ndim: int) -> Array:
@@ -111,7 +86,8 @@ class StridedConvNet(linen.Module):
     def __call__(self, x: Array) -> Array:
         """Classify images [n, H, W, C] in [0, 1]; returns logits [n, ways]."""
         for _ in range(self.blocks):
-            x = linen.relu(self.norm()(PatchConv(self.filters, stride=2)(x)))
+            x = Conv3x3(self.filters, stride=2)(x)
+            x = linen.relu(self.norm()(*moments(x))(x))
         x = x.mean((1, 2))
         return x if self.ways is None else linen.Dense(self.ways, kernel_init=linen.initializers.normal(1.0))(x)
 
@@ -120,7 +96,8 @@ class PooledConvNet(linen.Module):
     """The miniImageNet network: blocks of [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], linear.
 
     Pooling goes before normalisation and ReLU, which keep the order of numbers: that is the same function, unless a scale is
-    learned and becomes negative, and leaves them a quarter of the work. The statistics are those of all numbers.
+    learned and becomes negative, and leaves them a quarter of the work. The statistics are those of all numbers. So a block
+    begins with what the one before left to be done.
     """
 
     ways: int | None  # None for the features alone, [n, d]
@@ -131,17 +108,21 @@ class PooledConvNet(linen.Module):
     @linen.compact
     def __call__(self, x: Array) -> Array:
         """Classify images [n, H, W, C] in [0, 1]; returns logits [n, ways]."""
+        activate = _identity
         for _ in range(self.blocks):
-            pooled, *moments = PatchConv(self.filters, then=_pool_and_moments)(x)
-            x = linen.relu(self.norm()(pooled, moments))
+            x, statistics = Conv3x3(self.filters)(x, before=activate, then=_pool_and_moments)
+            activate = functools.partial(_normalise_and_rectify, self.norm()(*statistics))
+        x = activate(x)
         x = x.reshape(len(x), -1)
         return x if self.ways is None else linen.Dense(self.ways, kernel_init=linen.initializers.glorot_uniform())(x)
 
 
-def _pool_and_moments(x: Array) -> tuple[Array, Array, Array]:
-    """The maxima of images [n, H, W, C], [n, H // 2, W // 2, C], and the mean and the variance of each, [n, 1, 1, C]."""
-    mean = x.mean((1, 2), keepdims=True)
-    return _max_pool(x), mean, ((x - mean) ** 2).mean((1, 2), keepdims=True)
+def _normalise_and_rectify(norm: Callable[[Array], Array], x: Array) -> Array:
+    return linen.relu(norm(x))
+
+
+def _pool_and_moments(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _max_pool(x), moments(x)
 
 
 def _max_pool(x: Array) -> Array:
@@ -173,5 +154,6 @@ class FullyConnectedNet(linen.Module):
         kernel_init = linen.initializers.truncated_normal(0.01)
         x = x.reshape(len(x), -1)
         for size in self.hidden_sizes:
-            x = linen.relu(self.norm()(linen.Dense(size, kernel_init=kernel_init)(x)))
+            x = linen.Dense(size, kernel_init=kernel_init)(x)
+            x = linen.relu(self.norm()(*moments(x))(x))
         return x if self.ways is None else linen.Dense(self.ways, kernel_init=kernel_init)(x)

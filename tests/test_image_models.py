@@ -10,8 +10,8 @@ import pytest
 from flax import linen
 from jax import lax
 
-from mamljax import image_models
-from mamljax.image_models import BatchStatNorm, FullyConnectedNet, PatchConv, PooledConvNet, StridedConvNet
+from mamljax import convolution
+from mamljax.image_models import BatchStatNorm, Conv3x3, FullyConnectedNet, PooledConvNet, StridedConvNet, moments
 from mamljax.inner import adapt
 from mamljax.losses import cross_entropy
 from mamljax.models import from_linen
@@ -27,20 +27,20 @@ def reference_conv(params, x, stride):
 
 
 SIZES = ((7, 7), (8, 8), (5, 6), (1, 1))
-AT_ONCE = [(stride, size, 2, 2) for stride in (1, 2) for size in SIZES]
-IN_PIECES = [(1, (4, 4), 9, 2), (2, (4, 4), 10, 2)]
+AT_ONCE = [(stride, channels, size, 2, 2) for stride, channels in ((1, 3), (1, 16), (2, 3)) for size in SIZES]
+IN_PIECES = [(1, 3, (4, 4), 9, 2), (1, 16, (4, 4), 9, 2), (2, 3, (4, 4), 10, 2)]
 
 
-@pytest.mark.parametrize(("stride", "size", "images", "images_at_a_time"), AT_ONCE + IN_PIECES)
+@pytest.mark.parametrize(("stride", "channels", "size", "images", "images_at_a_time"), AT_ONCE + IN_PIECES)
 def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives(
-    stride, size, images, images_at_a_time, monkeypatch
+    stride, channels, size, images, images_at_a_time, monkeypatch
 ):
-    patches_of_one = 9 * size[0] * size[1] * 3 * 8 // stride**2
-    monkeypatch.setattr(image_models, "PIECE_BYTES", images_at_a_time * patches_of_one)
+    patches_of_one = 9 * size[0] * size[1] * channels * 8 // stride**2
+    monkeypatch.setattr(convolution, "PIECE_BYTES", images_at_a_time * patches_of_one)
     with jax.enable_x64(True):
         keys = jax.random.split(KEY, 3)
-        x = jax.random.normal(keys[0], (images, *size, 3), jnp.float64)
-        conv = PatchConv(4, stride=stride)
+        x = jax.random.normal(keys[0], (images, *size, channels), jnp.float64)
+        conv = Conv3x3(4, stride=stride)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), conv.init(keys[1], x))
         params["params"]["bias"] += jnp.arange(4.0)
         weights = jax.random.normal(keys[2], conv.apply(params, x).shape, jnp.float64)
@@ -79,6 +79,10 @@ def test_second_derivatives_of_pooling_survive_compilation():
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), product, differences)
 
 
+def normalised(norm, params, x):
+    return norm.apply(params, *moments(x))(x)
+
+
 @pytest.mark.parametrize("shape", [(6, 4), (3, 5, 5, 4)])
 def test_normalisation_against_numpy(shape):
     x = 3 + 2 * jax.random.normal(KEY, shape)
@@ -86,11 +90,11 @@ def test_normalisation_against_numpy(shape):
     params = {"params": {"scale": jnp.arange(1.0, 5.0), "shift": jnp.arange(4.0)}}
     flat = np.asarray(x, np.float64).reshape(-1, 4)
     expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-3) * np.arange(1, 5) + np.arange(4)
-    np.testing.assert_allclose(norm.apply(params, x).reshape(-1, 4), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(normalised(norm, params, x).reshape(-1, 4), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_normalisation_begins_as_the_identity_on_normalised_values_and_has_a_shift_only():
-    params = BatchStatNorm().init(KEY, IMAGES)
+    params = BatchStatNorm().init(KEY, *moments(IMAGES))
     assert jax.tree.map(jnp.shape, params) == {"params": {"shift": (1,)}}
     assert not params["params"]["shift"].any()
 
@@ -100,12 +104,12 @@ def test_statistics_of_the_reference_examples_alone():
     for the reference examples themselves."""
     norm = BatchStatNorm(reference=3)
     x = jax.random.normal(KEY, (6, 4))
-    params = norm.init(KEY, x)
-    changed = norm.apply(params, x.at[5].set(100.0))
-    np.testing.assert_array_equal(changed[:5], norm.apply(params, x)[:5])
-    np.testing.assert_allclose(changed[:3], BatchStatNorm().apply(params, x[:3]), rtol=1e-6)
-    transductive = BatchStatNorm().apply(params, x.at[5].set(100.0))
-    assert not np.allclose(transductive[:5], BatchStatNorm().apply(params, x)[:5], atol=1e-2)
+    params = norm.init(KEY, *moments(x))
+    changed = normalised(norm, params, x.at[5].set(100.0))
+    np.testing.assert_array_equal(changed[:5], normalised(norm, params, x)[:5])
+    np.testing.assert_allclose(changed[:3], normalised(BatchStatNorm(), params, x[:3]), rtol=1e-6)
+    transductive = normalised(BatchStatNorm(), params, x.at[5].set(100.0))
+    assert not np.allclose(transductive[:5], normalised(BatchStatNorm(), params, x)[:5], atol=1e-2)
 
 
 def shapes(module, x):
@@ -116,13 +120,13 @@ def shapes(module, x):
 
 
 def test_strided_net_has_the_layers_of_the_paper():
-    conv = {f"PatchConv_{i}": {"kernel": (3, 3, 64 if i else 1, 64), "bias": (64,)} for i in range(4)}
+    conv = {f"Conv3x3_{i}": {"kernel": (3, 3, 64 if i else 1, 64), "bias": (64,)} for i in range(4)}
     norm = {f"BatchStatNorm_{i}": {"shift": (64,)} for i in range(4)}
     assert shapes(StridedConvNet(5), IMAGES) == conv | norm | {"Dense_0": {"kernel": (64, 5), "bias": (5,)}}
 
 
 def test_pooled_net_has_the_layers_of_the_paper():
-    conv = {f"PatchConv_{i}": {"kernel": (3, 3, 32 if i else 3, 32), "bias": (32,)} for i in range(4)}
+    conv = {f"Conv3x3_{i}": {"kernel": (3, 3, 32 if i else 3, 32), "bias": (32,)} for i in range(4)}
     norm = {f"BatchStatNorm_{i}": {"shift": (32,)} for i in range(4)}
     head = {"Dense_0": {"kernel": (800, 5), "bias": (5,)}}  # 5 x 5 x 32
     assert shapes(PooledConvNet(5), jnp.zeros((1, 84, 84, 3))) == conv | norm | head
@@ -141,7 +145,7 @@ def test_strided_net_against_xla_step_by_step():
     params["params"]["BatchStatNorm_1"]["shift"] += 0.5
     x = IMAGES
     for i, size in enumerate((14, 7, 4, 2)):
-        x = reference_conv({"params": params["params"][f"PatchConv_{i}"]}, x, 2)
+        x = reference_conv({"params": params["params"][f"Conv3x3_{i}"]}, x, 2)
         x = (x - x.mean((0, 1, 2), keepdims=True)) / jnp.sqrt(x.var((0, 1, 2), keepdims=True) + 1e-3)
         x = jnp.maximum(x + params["params"][f"BatchStatNorm_{i}"]["shift"][None, None, None], 0)
         assert x.shape == (5, size, size, 8)
@@ -159,7 +163,7 @@ def test_pooled_net_against_xla_step_by_step(reference):
     for i, size in enumerate((11, 5, 2, 1)):
         norm = params["params"][f"BatchStatNorm_{i}"]
         norm |= {"scale": jnp.array([0.5, 1.0, 1.5, 2.0]), "shift": jnp.array([-0.5, 0.0, 0.3, 1.0])}
-        x = reference_conv({"params": params["params"][f"PatchConv_{i}"]}, x, 1)
+        x = reference_conv({"params": params["params"][f"Conv3x3_{i}"]}, x, 1)
         statistics = {"axis": (0, 1, 2), "keepdims": True}
         x = (x - x[:reference].mean(**statistics)) / jnp.sqrt(x[:reference].var(**statistics) + 1e-3)
         x = jnp.maximum(x * norm["scale"][None, None, None] + norm["shift"][None, None, None], 0)

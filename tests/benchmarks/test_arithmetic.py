@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from mamljax import image_models
-from mamljax.image_models import PatchConv
+from mamljax import convolution
+from mamljax.image_models import Conv3x3
 from mamljax.models import from_linen
 
 SQUARE = arithmetic.Product(1, 8, 8, 8)
@@ -49,24 +49,32 @@ def test_a_loop_of_unknown_length_is_refused():
 
 def test_without_loops_it_is_about_what_xla_counts():
     """XLA also counts additions outside products, which are few here."""
-    model = from_linen(PatchConv(32), jnp.zeros((1, 8, 8, 16)))
-    params, x = model.init(jax.random.key(0)), jnp.ones((4, 8, 8, 16))
+    model = from_linen(Conv3x3(32), jnp.zeros((1, 8, 8, 8)))
+    params, x = model.init(jax.random.key(0)), jnp.ones((4, 8, 8, 8))
     gradient = jax.grad(lambda params: (model.apply(params, x) ** 2).sum())
     counted = arithmetic.flops(arithmetic.products(gradient, params))
-    assert counted == 2 * 2 * (4 * 8 * 8) * (9 * 16) * 32
+    assert counted == 2 * 2 * (4 * 8 * 8) * (9 * 8) * 32
     assert jax.jit(gradient).lower(params).compile().cost_analysis()["flops"] == pytest.approx(counted, rel=0.05)
 
 
 def test_a_convolution_in_pieces_multiplies_no_more(monkeypatch):
     """Patches are made again for the gradients, products are not."""
-    model = from_linen(PatchConv(32), jnp.zeros((1, 8, 8, 16)))
-    params, x = model.init(jax.random.key(0)), jnp.ones((10, 8, 8, 16))
+    model = from_linen(Conv3x3(32), jnp.zeros((1, 8, 8, 8)))
+    params, x = model.init(jax.random.key(0)), jnp.ones((10, 8, 8, 8))
     gradient = jax.grad(lambda params, x: (model.apply(params, x) ** 2).sum(), (0, 1))
     whole = arithmetic.products(gradient, params, x)
-    monkeypatch.setattr(image_models, "PIECE_BYTES", 1)
+    monkeypatch.setattr(convolution, "PIECE_BYTES", 1)
     in_pieces = arithmetic.products(lambda *args: gradient(*args), params, x)
     assert in_pieces != whole
     assert arithmetic.flops(in_pieces) == arithmetic.flops(whole)
+
+
+def test_winograds_convolution_multiplies_four_ninths_as_often():
+    x, kernel = jnp.ones((2, 8, 8, 16)), jnp.ones((3, 3, 16, 32))
+    by_patches, by_winograd = (
+        arithmetic.flops(arithmetic.products(way, x, kernel)) for way in (convolution.by_patches, convolution.by_winograd)
+    )
+    assert 9 * by_winograd == 4 * by_patches
 
 
 def test_rate_of_a_longer_program_is_about_the_same():

@@ -8,6 +8,7 @@ import numpy as np
 import peers
 import problems
 import pytest
+import runner
 import sinusoid
 
 from mamljax import report
@@ -51,7 +52,7 @@ def test_problems_are_those_of_the_experiments():
             assert (problem.width, problem.width) == options.hidden_sizes
         else:
             assert (problem.network, problem.width) == (options.network, options.filters)
-            assert (problem.ways, problem.chunk_size) == (options.ways, options.chunk_size)
+            assert (problem.ways, problem.chunk_size) == (options.ways, runner.tasks_at_a_time(options))
             assert (1, *problem.image) == few_shot.image_shape(options)
 
 
