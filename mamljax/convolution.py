@@ -1,5 +1,6 @@
 """3x3 convolutions as matrix products: XLA makes slow grouped convolutions of those whose kernels differ from task to task."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -10,28 +11,30 @@ from jax import Array, lax
 from mamljax.types import PyTree
 
 PIECE_BYTES = 2**20  # of patches: about what a CPU core has in its cache while it multiplies
-WINOGRAD_CHANNELS = 16  # at least so many, or its products are too thin to gain by their small number
+WINOGRAD_CHANNELS = 16  # at least so many, or its products are too thin for their small number to gain
+WINOGRAD_PIXELS = 16 * 16  # of an image: it takes long to compile, which smaller ones do not win back
 
 
-def convolve(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """Convolve images with zero padding ("SAME"), the way that is fastest for their shape.
+def convolution(kernel: Array, size: tuple[int, int], stride: int = 1) -> Callable[[Array], Array]:
+    """Build the convolution by a kernel with zero padding ("SAME"), done the way that is fastest.
 
     Args:
-        x: [n, H, W, C].
         kernel: [3, 3, C, F].
+        size: height and width of the images.
         stride: in both directions.
 
     Returns:
-        [n, ceil(H / stride), ceil(W / stride), F].
+        images [n, H, W, C] -> [n, ceil(H / stride), ceil(W / stride), F].
     """
+    large = kernel.shape[2] >= WINOGRAD_CHANNELS and math.prod(size) >= WINOGRAD_PIXELS
     # Not measured on accelerators, whose products of lower precision would lose more by it.
-    if stride == 1 and kernel.shape[2] >= WINOGRAD_CHANNELS and jax.default_backend() == "cpu":
-        return by_winograd(x, kernel)
-    return by_patches(x, kernel, stride)
+    if stride == 1 and large and jax.default_backend() == "cpu":
+        return functools.partial(by_winograd, winograd_weights(kernel))
+    return functools.partial(by_patches, kernel, stride=stride)
 
 
-def by_patches(x: Array, kernel: Array, stride: int = 1) -> Array:
-    """`convolve` by one product of all 3x3 neighbourhoods with the kernel."""
+def by_patches(kernel: Array, x: Array, *, stride: int = 1) -> Array:
+    """Convolve [n, H, W, C] by one product of all 3x3 neighbourhoods with the kernel."""
     sizes = [-(-size // stride) for size in x.shape[1:3]]
     missing = [max((size - 1) * stride + 3 - old, 0) for size, old in zip(sizes, x.shape[1:3], strict=True)]
     x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in missing), (0, 0)))
@@ -44,22 +47,26 @@ def by_patches(x: Array, kernel: Array, stride: int = 1) -> Array:
     return y.reshape(*patches.shape[:-1], -1)
 
 
-def by_winograd(x: Array, kernel: Array) -> Array:
-    r"""`convolve` with stride 1 in 4/9 of the multiplications: Winograd's minimal filtering F(2x2, 3x3).
+def by_winograd(weights: Array, x: Array) -> Array:
+    r"""Convolve [n, H, W, C] with stride 1 in 4/9 of the multiplications: Winograd's minimal filtering F(2x2, 3x3).
 
     Along each axis, two neighbouring outputs come of four inputs d and three weights g by four products instead of six,
     $y = A^T [(G g) \odot (B^T d)]$, and along both by 16 instead of 36; summed over channels, these are 16 matrix products
-    (Lavin & Gray 2016, arXiv 1509.09308, section 4.1). As exact as the usual form, up to rounding.
+    (Lavin & Gray 2016, arXiv 1509.09308, section 4.1). `weights` [16, C, F] are `winograd_weights` of the kernel.
     """
     n, height, width, _ = x.shape
     rows, columns = -(-height // 2), -(-width // 2)  # of blocks of 2x2 outputs
     x = jnp.pad(x, ((0, 0), (1, 2 * rows - height + 1), (1, 2 * columns - width + 1), (0, 0)))
     inputs = jnp.stack([part for by_row in _four_inputs(x, 1) for part in _four_inputs(by_row, 2)])
-    weights = jnp.stack([part for by_row in _four_weights(kernel) for part in _four_weights(by_row)])
     products = lax.dot_general(inputs.reshape(16, -1, x.shape[-1]), weights.swapaxes(1, 2), (((2,), (2,)), ((0,), (0,))))
     y = [_two_outputs(by_row) for by_row in _two_outputs(products.reshape(4, 4, n, rows, columns, -1))]
     y = jnp.stack([jnp.stack(row, axis=3) for row in y], axis=2)  # [n, rows, 2, columns, 2, F]
     return y.reshape(n, 2 * rows, 2 * columns, -1)[:, :height, :width]
+
+
+def winograd_weights(kernel: Array) -> Array:
+    """G g along both axes, of a kernel [3, 3, C, F]: [16, C, F]."""
+    return jnp.stack([part for by_row in _four_weights(kernel) for part in _four_weights(by_row)])
 
 
 def _four_inputs(x: Array, axis: int) -> list[Array]:

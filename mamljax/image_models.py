@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen
 from jax import Array, lax
 
-from mamljax.convolution import convolve, in_pieces
+from mamljax.convolution import convolution, in_pieces
 from mamljax.types import PyTree
 
 
@@ -23,8 +23,12 @@ class BatchStatNorm(linen.Module):
     reference: int | None = None  # how many examples, the first ones, the statistics are of; by default all
     epsilon: float = 1e-3
 
+    def __call__(self, x: Array) -> Array:
+        """Normalise examples [n, ..., C]."""
+        return self.by_moments(*moments(x))(x)
+
     @linen.compact
-    def __call__(self, means: Array, variances: Array) -> Callable[[Array], Array]:
+    def by_moments(self, means: Array, variances: Array) -> Callable[[Array], Array]:
         """Return the normalisation of examples [n, ..., C], or of any of them, by the `moments` [n, 1, ..., C] of all."""
         means, variances = means[: self.reference], variances[: self.reference]
         mean = means.mean(0, keepdims=True)
@@ -67,7 +71,8 @@ class Conv3x3(linen.Module):
         """
         kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
         bias = _channels(self.param("bias", linen.initializers.zeros, (self.features,)), 4)
-        return in_pieces(lambda x: then(convolve(before(x), kernel, self.stride) + bias), x, stride=self.stride)
+        convolve = convolution(kernel, x.shape[1:3], self.stride)
+        return in_pieces(lambda x: then(convolve(before(x)) + bias), x, stride=self.stride)
 
 
 def _channels(values: Array, ndim: int) -> Array:
@@ -86,8 +91,7 @@ class StridedConvNet(linen.Module):
     def __call__(self, x: Array) -> Array:
         """Classify images [n, H, W, C] in [0, 1]; returns logits [n, ways]."""
         for _ in range(self.blocks):
-            x = Conv3x3(self.filters, stride=2)(x)
-            x = linen.relu(self.norm()(*moments(x))(x))
+            x = linen.relu(self.norm()(Conv3x3(self.filters, stride=2)(x)))
         x = x.mean((1, 2))
         return x if self.ways is None else linen.Dense(self.ways, kernel_init=linen.initializers.normal(1.0))(x)
 
@@ -103,15 +107,20 @@ class PooledConvNet(linen.Module):
     ways: int | None  # None for the features alone, [n, d]
     filters: int = 32
     blocks: int = 4
-    norm: Callable[[], linen.Module] = BatchStatNorm
+    norm: Callable[[], BatchStatNorm] = BatchStatNorm
 
     @linen.compact
     def __call__(self, x: Array) -> Array:
         """Classify images [n, H, W, C] in [0, 1]; returns logits [n, ways]."""
+        if min(x.shape[1:3]) < 2**self.blocks:
+            raise ValueError(
+                f"{self.blocks} blocks that each halve height and width need images of {2**self.blocks} pixels or more in "
+                f"both, got {x.shape[1]} x {x.shape[2]}. Use larger images, or StridedConvNet."
+            )
         activate = _identity
         for _ in range(self.blocks):
             x, statistics = Conv3x3(self.filters)(x, before=activate, then=_pool_and_moments)
-            activate = functools.partial(_normalise_and_rectify, self.norm()(*statistics))
+            activate = functools.partial(_normalise_and_rectify, self.norm().by_moments(*statistics))
         x = activate(x)
         x = x.reshape(len(x), -1)
         return x if self.ways is None else linen.Dense(self.ways, kernel_init=linen.initializers.glorot_uniform())(x)
@@ -154,6 +163,5 @@ class FullyConnectedNet(linen.Module):
         kernel_init = linen.initializers.truncated_normal(0.01)
         x = x.reshape(len(x), -1)
         for size in self.hidden_sizes:
-            x = linen.Dense(size, kernel_init=kernel_init)(x)
-            x = linen.relu(self.norm()(*moments(x))(x))
+            x = linen.relu(self.norm()(linen.Dense(size, kernel_init=kernel_init)(x)))
         return x if self.ways is None else linen.Dense(self.ways, kernel_init=kernel_init)(x)

@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,8 @@ def all_but(frozen: Sequence[str], rule: Rule) -> optax.GradientTransformation:
     """
 
     def labels(params: PyTree) -> PyTree:
-        return jax.tree.map_with_path(lambda path, _: "frozen" if path[-1].key in frozen else "adapted", params)
+        name = partial(jax.tree_util.keystr, simple=True)
+        return jax.tree.map_with_path(lambda path, _: "frozen" if name(path[-1:]) in frozen else "adapted", params)
 
     adapted = as_rule(rule, {}, differentiable=False)  # whoever uses it checks its derivatives
     return optax.partition({"frozen": optax.set_to_zero(), "adapted": adapted}, labels)

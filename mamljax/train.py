@@ -97,8 +97,8 @@ def fit(
         The last and the best state, the number of meta-updates done and the time they took.
 
     Raises:
-        ValueError: a count out of range, TensorBoard without a directory, metrics that are not scalars, or tasks that the
-            devices do not divide.
+        ValueError: a count out of range, TensorBoard without a directory, a name in `config` that is `fit`'s own, metrics that
+            are not scalars, or tasks that the devices do not divide.
         CheckpointError: the directory cannot be used; see `Checkpoints`.
         DivergenceError: a metric or a parameter is not finite. The last good checkpoint is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after saving.
@@ -112,7 +112,10 @@ def fit(
     mesh = _checked_mesh(mesh, num_tasks)
     programs = _compile(learner, sample, key, num_tasks, log_every, mesh)
     validate_fn = validate_fn and place(as_argument(validate_fn), mesh)
-    decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks, **config}
+    decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks}
+    if taken := sorted(decisive.keys() & config.keys()):
+        raise ValueError(f"config must not have {taken}: these are fit's own. Choose other names.")
+    decisive |= config
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(Record(directory if is_first_host() else None, decisive, tensorboard=tensorboard))
         interrupted = stack.enter_context(interruptions())
@@ -200,8 +203,9 @@ def read_best(learner: MetaLearner, directory: str | Path) -> State:
     config = read_config(Path(directory))
     if "key" not in config:
         raise CheckpointError(f"{directory} is none that `fit` was given. A script's are OUT/checkpoints/METHOD.")
-    key = jax.random.wrap_key_data(jnp.array(config["key"], jnp.uint32))
-    by_seed = functools.partial(over_seeds, key.shape)
+    seeds = np.shape(config["key"])[:-1]
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
+    by_seed = functools.partial(over_seeds, seeds)
     saved = Checkpoints(directory, None).restore(jax.eval_shape(by_seed(functools.partial(_start, learner)), key))
     if saved is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")

@@ -11,7 +11,7 @@ from flax import linen
 from jax import lax
 
 from mamljax import convolution
-from mamljax.image_models import BatchStatNorm, Conv3x3, FullyConnectedNet, PooledConvNet, StridedConvNet, moments
+from mamljax.image_models import BatchStatNorm, Conv3x3, FullyConnectedNet, PooledConvNet, StridedConvNet
 from mamljax.inner import adapt
 from mamljax.losses import cross_entropy
 from mamljax.models import from_linen
@@ -37,6 +37,7 @@ def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives
 ):
     patches_of_one = 9 * size[0] * size[1] * channels * 8 // stride**2
     monkeypatch.setattr(convolution, "PIECE_BYTES", images_at_a_time * patches_of_one)
+    monkeypatch.setattr(convolution, "WINOGRAD_PIXELS", 1)
     with jax.enable_x64(True):
         keys = jax.random.split(KEY, 3)
         x = jax.random.normal(keys[0], (images, *size, channels), jnp.float64)
@@ -79,10 +80,6 @@ def test_second_derivatives_of_pooling_survive_compilation():
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), product, differences)
 
 
-def normalised(norm, params, x):
-    return norm.apply(params, *moments(x))(x)
-
-
 @pytest.mark.parametrize("shape", [(6, 4), (3, 5, 5, 4)])
 def test_normalisation_against_numpy(shape):
     x = 3 + 2 * jax.random.normal(KEY, shape)
@@ -90,11 +87,11 @@ def test_normalisation_against_numpy(shape):
     params = {"params": {"scale": jnp.arange(1.0, 5.0), "shift": jnp.arange(4.0)}}
     flat = np.asarray(x, np.float64).reshape(-1, 4)
     expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-3) * np.arange(1, 5) + np.arange(4)
-    np.testing.assert_allclose(normalised(norm, params, x).reshape(-1, 4), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(norm.apply(params, x).reshape(-1, 4), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_normalisation_begins_as_the_identity_on_normalised_values_and_has_a_shift_only():
-    params = BatchStatNorm().init(KEY, *moments(IMAGES))
+    params = BatchStatNorm().init(KEY, IMAGES)
     assert jax.tree.map(jnp.shape, params) == {"params": {"shift": (1,)}}
     assert not params["params"]["shift"].any()
 
@@ -104,12 +101,12 @@ def test_statistics_of_the_reference_examples_alone():
     for the reference examples themselves."""
     norm = BatchStatNorm(reference=3)
     x = jax.random.normal(KEY, (6, 4))
-    params = norm.init(KEY, *moments(x))
-    changed = normalised(norm, params, x.at[5].set(100.0))
-    np.testing.assert_array_equal(changed[:5], normalised(norm, params, x)[:5])
-    np.testing.assert_allclose(changed[:3], normalised(BatchStatNorm(), params, x[:3]), rtol=1e-6)
-    transductive = normalised(BatchStatNorm(), params, x.at[5].set(100.0))
-    assert not np.allclose(transductive[:5], normalised(BatchStatNorm(), params, x)[:5], atol=1e-2)
+    params = norm.init(KEY, x)
+    changed = norm.apply(params, x.at[5].set(100.0))
+    np.testing.assert_array_equal(changed[:5], norm.apply(params, x)[:5])
+    np.testing.assert_allclose(changed[:3], BatchStatNorm().apply(params, x[:3]), rtol=1e-6)
+    transductive = BatchStatNorm().apply(params, x.at[5].set(100.0))
+    assert not np.allclose(transductive[:5], BatchStatNorm().apply(params, x)[:5], atol=1e-2)
 
 
 def shapes(module, x):
@@ -171,6 +168,16 @@ def test_pooled_net_against_xla_step_by_step(reference):
         assert x.shape == (3, size, size, 4)
     expected = x.reshape(3, -1) @ params["params"]["Dense_0"]["kernel"]
     np.testing.assert_allclose(module.apply(params, images), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_images_that_pooling_would_leave_nothing_of_are_refused():
+    with pytest.raises(ValueError, match="4 blocks that each halve height and width need images of 16 pixels or more in both, got 15 x 84"):
+        from_linen(PooledConvNet(5), jnp.zeros((1, 15, 84, 3))).init(KEY)
+
+
+def test_other_normalisation_layers_fit_in():
+    model = from_linen(StridedConvNet(5, filters=4, norm=linen.LayerNorm), IMAGES)
+    assert model.apply(model.init(KEY), IMAGES).shape == (5, 5)
 
 
 def test_head_weights_are_standard_normal():

@@ -1,10 +1,13 @@
 """Inner rules: step sizes, Optax transformations, per-parameter and learned step sizes."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import Array
 
 from mamljax.inner import adapt
 from mamljax.losses import mse
@@ -114,6 +117,17 @@ def test_all_but_leaves_the_named_parameters_to_the_outer_loop():
     np.testing.assert_array_equal(final["Norm"]["scale"], params["Norm"]["scale"])
     meta_gradient = jax.grad(lambda params: adapt(loss_fn, params, jnp.array([2.0]), rule)[0]["Conv"]["kernel"].sum())(params)
     np.testing.assert_allclose(meta_gradient["Norm"]["scale"], -0.5 * 2)  # it reaches the frozen ones through the others
+
+
+def test_all_but_knows_attributes_by_their_names():
+    class Norm(NamedTuple):
+        shift: Array
+        weight: Array
+
+    params = Norm(jnp.ones(2), jnp.ones(2))
+    rule = all_but(("shift",), 0.5)
+    updates, _ = rule.update(params, rule.init(params), params)
+    assert (updates.shift.tolist(), updates.weight.tolist()) == ([0.0, 0.0], [-0.5, -0.5])
 
 
 def test_all_but_checks_its_step_size():

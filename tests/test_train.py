@@ -131,7 +131,7 @@ def test_a_lone_seed_of_several_has_an_axis_too():
 
 
 def test_the_best_state_is_read_back(tmp_path):
-    for name, key in (("one", KEY), ("three", KEYS)):
+    for name, key in (("one", KEY), ("three", KEYS), ("other random bits", jax.random.key(0, impl="rbg"))):
         best = train(key=key, directory=tmp_path / name).best
         assert_equal(read_best(LEARNER, tmp_path / name), best)
 
@@ -140,6 +140,11 @@ def test_the_best_state_is_read_from_a_directory_of_fit(tmp_path):
     (tmp_path / "config.json").write_text('{"experiment": "sinusoid"}')
     with pytest.raises(CheckpointError, match=r"is none that `fit` was given. A script's are OUT/checkpoints/METHOD"):
         read_best(LEARNER, tmp_path)
+
+
+def test_names_that_are_its_own_are_refused_in_the_configuration(tmp_path):
+    with pytest.raises(ValueError, match=r"config must not have \['key'\]: these are fit's own"):
+        train(directory=tmp_path, config={"key": 0})
 
 
 def test_several_seeds_go_on(tmp_path):

@@ -65,7 +65,7 @@ def rollout(
         another = jax.tree.map(lambda leaf: leaf[(jnp.arange(trajectories) + count) % trajectories], first)
         following = _where(ends, another, (outcome.state, outcome.observation))
         log_std = jnp.broadcast_to(log_std, mean.shape)
-        reward = jnp.where(taken, outcome.reward, 0)
+        reward = jnp.where(taken, outcome.reward, 0).astype(mean.dtype)
         seen = Trajectories(observation, action, reward, taken, ends, time, mean, log_std, ~taken)
         return (*following, jnp.where(ends, 0, time + 1), count), seen
 

@@ -73,6 +73,17 @@ def test_a_trajectory_of_known_states():
     assert not data.unstable.any()
 
 
+def test_rewards_may_be_integers_or_flags():
+    def step(key, state, action, task):
+        outcome = counter_env().step(key, state, action, task)
+        return outcome._replace(reward=outcome.reward > 4)
+
+    sizes = {"horizon": HORIZON, "trajectories": TRAJECTORIES}
+    collect = collector(constant_policy(1.0), counter_env(step=step), discount=0.9, gae_lambda=1.0, **sizes)
+    task = counter_env().sample_task(KEY)
+    np.testing.assert_array_equal(collect(KEY, jnp.ones(1), task).trajectories.rewards, batch_of().trajectories.rewards > 4)
+
+
 def by_hand(starts, ends=100, breaks=100):
     """Rows of `counter_env`: observation, time, mask, ends and unstable of each step, [5, T, E]."""
     rows = []
