@@ -26,7 +26,7 @@ def reference_conv(params, x, stride):
     return y + bias[None, None, None]
 
 
-SIZES = ((7, 7), (8, 8), (5, 6), (1, 1))
+SIZES = ((7, 7), (8, 6), (1, 1))
 AT_ONCE = [(stride, channels, size, 2, 2) for stride, channels in ((1, 3), (1, 16), (2, 3)) for size in SIZES]
 IN_PIECES = [(1, 3, (4, 4), 9, 2), (1, 16, (4, 4), 9, 2), (2, 3, (4, 4), 10, 2)]
 
@@ -66,7 +66,7 @@ def test_second_derivatives_of_pooling_survive_compilation():
     with jax.enable_x64(True):
         x = jax.random.uniform(KEY, (5, 20, 20, 3), jnp.float64)
         model = from_linen(PooledConvNet(5), x)
-        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), model.init(KEY))
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), jax.jit(model.init)(KEY))
         keys = iter(jax.random.split(KEY, 20))
         vector = jax.tree.map(lambda leaf: jax.random.normal(next(keys), leaf.shape, jnp.float64), params)
 
@@ -138,7 +138,7 @@ def test_fully_connected_net_has_the_layers_of_the_paper():
 
 def test_strided_net_against_xla_step_by_step():
     module = StridedConvNet(5, filters=8)
-    params = module.init(KEY, IMAGES)
+    params = jax.jit(module.init)(KEY, IMAGES)
     params["params"]["BatchStatNorm_1"]["shift"] += 0.5
     x = IMAGES
     for i, size in enumerate((14, 7, 4, 2)):
@@ -147,7 +147,7 @@ def test_strided_net_against_xla_step_by_step():
         x = jnp.maximum(x + params["params"][f"BatchStatNorm_{i}"]["shift"][None, None, None], 0)
         assert x.shape == (5, size, size, 8)
     expected = x.mean((1, 2)) @ params["params"]["Dense_0"]["kernel"]
-    np.testing.assert_allclose(module.apply(params, IMAGES), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(module.apply)(params, IMAGES), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("reference", [None, 2])
@@ -155,7 +155,7 @@ def test_pooled_net_against_xla_step_by_step(reference):
     """It pools before it normalises; the usual order is the other, and gives the same."""
     module = PooledConvNet(3, filters=4, norm=functools.partial(BatchStatNorm, use_scale=True, reference=reference))
     images = jax.random.uniform(KEY, (3, 23, 23, 3))
-    params = module.init(KEY, images)
+    params = jax.jit(module.init)(KEY, images)
     x = images
     for i, size in enumerate((11, 5, 2, 1)):
         norm = params["params"][f"BatchStatNorm_{i}"]
@@ -167,7 +167,7 @@ def test_pooled_net_against_xla_step_by_step(reference):
         x = linen.max_pool(x, (2, 2), (2, 2))
         assert x.shape == (3, size, size, 4)
     expected = x.reshape(3, -1) @ params["params"]["Dense_0"]["kernel"]
-    np.testing.assert_allclose(module.apply(params, images), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(module.apply)(params, images), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_images_that_pooling_would_leave_nothing_of_are_refused():
@@ -177,11 +177,11 @@ def test_images_that_pooling_would_leave_nothing_of_are_refused():
 
 def test_other_normalisation_layers_fit_in():
     model = from_linen(StridedConvNet(5, filters=4, norm=linen.LayerNorm), IMAGES)
-    assert model.apply(model.init(KEY), IMAGES).shape == (5, 5)
+    assert jax.eval_shape(lambda: model.apply(model.init(KEY), IMAGES)).shape == (5, 5)
 
 
 def test_head_weights_are_standard_normal():
-    kernel = from_linen(StridedConvNet(200), IMAGES).init(KEY)["Dense_0"]["kernel"]
+    kernel = jax.jit(from_linen(StridedConvNet(200), IMAGES).init)(KEY)["Dense_0"]["kernel"]
     assert abs(kernel.std() - 1) < 4 / np.sqrt(2 * kernel.size)
 
 

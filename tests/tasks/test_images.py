@@ -191,7 +191,7 @@ def test_episodes_read_on_the_host_are_the_same(monkeypatch):
     arguments = {"ways": 3, "shots": 1, "queries": 2, "rotations": True, "counts": [6, 5, 6, 6, 6, 5, 6]}
     device, host = episodes(BANK, **arguments), HostEpisodes(BANK, **arguments)
     keys = jax.random.split(KEY, 20)
-    jax.tree.map(np.testing.assert_array_equal, jax.vmap(host)(keys), jax.vmap(device)(keys))
+    jax.tree.map(np.testing.assert_array_equal, *(jax.jit(jax.vmap(sample))(keys) for sample in (host, device)))
 
     reads, read = [], HostEpisodes._read
     monkeypatch.setattr(HostEpisodes, "_read", lambda self, *index: reads.append(len(index[0])) or read(self, *index))
