@@ -47,6 +47,7 @@ def by_patches(kernel: Array, x: Array, *, stride: int = 1) -> Array:
     return y.reshape(*patches.shape[:-1], -1)
 
 
+@jax.jit  # traced once, not at each call, each derivative and each piece
 def by_winograd(weights: Array, x: Array) -> Array:
     r"""Convolve [n, H, W, C] with stride 1 in 4/9 of the multiplications: Winograd's minimal filtering F(2x2, 3x3).
 
@@ -64,6 +65,7 @@ def by_winograd(weights: Array, x: Array) -> Array:
     return y.reshape(n, 2 * rows, 2 * columns, -1)[:, :height, :width]
 
 
+@jax.jit
 def winograd_weights(kernel: Array) -> Array:
     """G g along both axes, of a kernel [3, 3, C, F]: [16, C, F]."""
     return jnp.stack([part for by_row in _four_weights(kernel) for part in _four_weights(by_row)])
