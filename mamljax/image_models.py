@@ -131,6 +131,7 @@ def _normalise_and_rectify(norm: Callable[[Array], Array], x: Array) -> Array:
 
 
 def _pool_and_moments(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    """The maxima of images [n, H, W, C], [n, H // 2, W // 2, C], and their `moments` before that."""
     return _max_pool(x), moments(x)
 
 

@@ -61,6 +61,15 @@ def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), ours, theirs)
 
 
+def test_the_way_of_a_convolution_is_chosen_by_its_sizes():
+    def way(channels, size, stride=1):
+        return convolution.convolution(jnp.ones((3, 3, channels, 4)), (size, size), stride).func
+
+    assert way(16, 16) is convolution.by_winograd
+    for sizes in ((15, 16), (16, 15), (16, 16, 2)):
+        assert way(*sizes) is convolution.by_patches
+
+
 def test_second_derivatives_of_pooling_survive_compilation():
     """A compiled program that calculates the input of pooling twice may round it differently; `max` then loses derivatives."""
     with jax.enable_x64(True):
