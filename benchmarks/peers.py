@@ -1,12 +1,12 @@
 """How fast is the library? Its meta-update against the same one in PyTorch and the packages for it.
 
-`python benchmarks/peers.py` times MAML on the CPU: meta-gradient and Adam, second and first order, on Omniglot 5-way 1-shot, on
-miniImageNet 5-way 1-shot and on sinusoids, with the paper's networks and the settings of the experiments. The peers are a loop
+`python benchmarks/peers.py` times MAML on the CPU or on one GPU: meta-gradient and Adam, second and first order, on Omniglot
+5-way 1-shot, on miniImageNet 5-way 1-shot and on sinusoids, with the paper's networks and the settings of the experiments. The peers are a loop
 over tasks, `torch.func`, `torch.compile` of that, `higher` and TorchOpt. First it checks that all compute the same from the
 same weights and tasks. The images are noise: neither depends on them. The library runs its meta-updates in a compiled loop, as
 `fit` does; the tasks are fixed on both sides.
 
-Each uses as many threads as this process may use cores: `taskset -c 0 python benchmarks/peers.py` measures on one. Of several
+On a CPU each uses as many threads as this process may use cores: `taskset -c 0 python benchmarks/peers.py` measures on one. Of several
 cores XLA makes little use within one small product, so the library divides the tasks among as many simulated devices.
 """
 
@@ -56,9 +56,11 @@ class Options:
     """Tasks that the library differentiates at a time, a divisor of --num-tasks."""
     differentiation: Literal["mixed", "reverse"] | None = None
     """How the library differentiates through adaptation; both are exact."""
+    precision: Literal["float32", "tensorfloat32"] = "float32"
+    """Arithmetic of products on a GPU, on both sides. That they compute the same is checked in float32 and float64."""
     devices: int | None = None
-    """Simulated devices among which the library divides the tasks, if it is given images; by default as many as there are cores
-    and divide --num-tasks."""
+    """Devices among which the library divides the tasks, if it is given images; by default one GPU, or of those that a CPU
+    simulates as many as there are cores and divide --num-tasks."""
     compile_seconds: float = 300.0
     """Time that `torch.compile` may take for each program, before it is left out; 0 leaves it out at once."""
     repeats: int = 7
@@ -83,6 +85,8 @@ def problems_of(options: Options) -> list[Problem]:
     """The problems, with what the options change of them."""
     names = ("num_tasks", "width", "chunk_size", "differentiation")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if jax.default_backend() != "cpu":  # all tasks at once, and meta-updates too short for a call of their own
+        changes = {"chunk_size": None, "updates": 200, **changes}
     problems = (PROBLEMS[name]._replace(**changes) for name in options.problem)
     return [problem._replace(devices=_devices(problem, options.devices)) for problem in problems]
 
@@ -92,6 +96,8 @@ def _devices(problem: Problem, wanted: int | None) -> int:
     if not problem.image:
         return 1
     if wanted is None:
+        if jax.default_backend() != "cpu":
+            return 1
         return max(number for number in range(1, harness.cores() + 1) if problem.num_tasks % number == 0)
     if wanted < 1 or problem.num_tasks % wanted:
         raise ValueError(f"--devices must divide the {problem.num_tasks} tasks of {problem.name}, got {wanted}.")
@@ -130,6 +136,7 @@ def by_peer(name: str, problem: Problem, params: PyTree, tasks: Task, *, second_
     import torch_packages
 
     torch.set_num_threads(harness.cores())
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = _default_precision() == "tensorfloat32"
     style = (torch_maml.STYLES | {"higher": torch_packages.by_higher, "TorchOpt": torch_packages.by_torchopt})[name]
     arithmetic = torch_maml.Arithmetic(
         torch_maml.NETWORKS[problem.network],
@@ -138,7 +145,14 @@ def by_peer(name: str, problem: Problem, params: PyTree, tasks: Task, *, second_
         problem.inner_steps,
         second_order,
     )
-    return Method(*torch_maml.build(style, arithmetic, _named(params), (*tasks.support, *tasks.query), meta_lr=META_LR))
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    tensors = _named(params), (*tasks.support, *tasks.query)
+    return Method(*torch_maml.build(style, arithmetic, *tensors, meta_lr=META_LR, device=device))
+
+
+def _default_precision() -> str | None:
+    """In what the products of this process are, by JAX's configuration."""
+    return jax.config.jax_default_matmul_precision
 
 
 def available(compile_seconds: float) -> list[str]:
@@ -159,8 +173,8 @@ def methods(
     problem: Problem, params: PyTree, tasks: Task, peers: Sequence[str], *, second_order: bool, compile_seconds: float
 ) -> dict[str, Method]:
     """The library and the peers, all with the same weights and tasks."""
-    mode = problem.differentiation if second_order else "first_order"
-    found = {f"mamljax, {mode}": by_library(problem, params, tasks, mode)}
+    mode = _mode(problem, second_order=second_order)
+    found = {_name_of_library(problem, second_order=second_order): by_library(problem, params, tasks, mode)}
     for name in peers:
         try:
             with harness.time_limit(compile_seconds if name == "torch.compile" else 0):
@@ -170,6 +184,14 @@ def methods(
                 raise
             print(f"skipped {name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
     return found
+
+
+def _mode(problem: Problem, *, second_order: bool) -> Differentiation:
+    return problem.differentiation if second_order else "first_order"
+
+
+def _name_of_library(problem: Problem, *, second_order: bool) -> str:
+    return f"mamljax, {_mode(problem, second_order=second_order)}"
 
 
 def check_both_precisions(problem: Problem, peers: Sequence[str], *, second_order: bool, compile_seconds: float) -> None:
@@ -213,8 +235,8 @@ def check_agreement(methods: Mapping[str, Method], tolerance: float) -> None:
 
 def measure(options: Options) -> list[report.Row]:
     """Rows of every method that is installed: time of a meta-update, and speed relative to the fastest peer."""
-    if (backend := jax.default_backend()) != "cpu":
-        raise ValueError(f"this benchmark is for the CPU, but JAX runs on the {backend}. Set JAX_PLATFORMS=cpu.")
+    if (backend := jax.default_backend()) not in ("cpu", "gpu"):
+        raise ValueError(f"PyTorch is compared on a CPU or a GPU, but JAX runs on the {backend}. Set JAX_PLATFORMS=cpu.")
     if not options.compile_seconds >= 0:
         raise ValueError(f"--compile-seconds must be at least 0, got {options.compile_seconds}.")
     harness.cores()  # now, before anything can change it
@@ -223,14 +245,17 @@ def measure(options: Options) -> list[report.Row]:
         for order in ("second", "first"):
             settings = {"second_order": order == "second", "compile_seconds": options.compile_seconds}
             setting = f"{problem.name}, {order} order"
-            found = methods(problem, *weights_and_tasks(problem), peers, **settings)
             try:
                 if peers:
-                    check_both_precisions(problem, peers, **settings)
-                rows += compare(problem, setting, found, options.repeats)
+                    with jax.default_matmul_precision("float32"):
+                        check_both_precisions(problem, peers, **settings)
+                with jax.default_matmul_precision(options.precision):
+                    found = methods(problem, *weights_and_tasks(problem), peers, **settings)
+                    rows += compare(problem, setting, found, options.repeats)
             except DisagreementError as error:
                 print(f"{setting}: not timed. {error}", file=sys.stderr)
-                rows += [row_of(problem, setting, name, TIME, float("nan"), "not timed", note=str(error)) for name in found]
+                names = (_name_of_library(problem, second_order=order == "second"), *peers)
+                rows += [row_of(problem, setting, name, TIME, float("nan"), "not timed", note=str(error)) for name in names]
     return rows
 
 

@@ -1,4 +1,4 @@
-"""MAML in PyTorch as one would write it, on the CPU: a loop over tasks, `torch.func`, `torch.compile` of it. For `peers.py`."""
+"""MAML in PyTorch as one would write it: a loop over tasks, `torch.func`, `torch.compile` of it. For `peers.py`."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -101,7 +101,7 @@ def one_by_one(task_loss: Callable, arithmetic: Arithmetic, params: Params, task
     """Build what adds the meta-gradient to `params` in a loop over tasks, and returns the mean loss."""
 
     def backward() -> Tensor:
-        total = torch.zeros((), dtype=tasks.query_x.dtype)
+        total = tasks.query_x.new_zeros(())
         for task in zip(*tasks, strict=True):
             loss = task_loss(arithmetic, params, Task(*task)) / len(tasks.query_x)
             loss.backward()  # adds to the gradients, and frees the graph of this task
@@ -147,8 +147,14 @@ NETWORKS = {"mlp": mlp, "strided_conv": strided_conv, "pooled_conv": pooled_conv
 
 
 def build(
-    style: Callable, arithmetic: Arithmetic, params: Mapping[str, np.ndarray], tasks: tuple[np.ndarray, ...], *, meta_lr: float
-) -> tuple[Callable[[int], Tensor], Callable[[], dict[str, np.ndarray]]]:
+    style: Callable,
+    arithmetic: Arithmetic,
+    params: Mapping[str, np.ndarray],
+    tasks: tuple[np.ndarray, ...],
+    *,
+    meta_lr: float,
+    device: str,
+) -> tuple[Callable[[int], float], Callable[[], dict[str, np.ndarray]]]:
     """Build a meta-update on fixed tasks.
 
     Args:
@@ -157,20 +163,21 @@ def build(
         params: of the network, in the library's layouts.
         tasks: support x [B, n, H, W, C] or [B, n, d], support y [B, n] or [B, n, d], and those of the query set.
         meta_lr: step size of Adam.
+        device: PyTorch's name for where to compute, "cpu" or "cuda".
 
     Returns:
         What does so many meta-updates and returns the loss before the last; and what returns Adam's mean of the meta-gradients.
     """
-    leaves = {name: nn.Parameter(_to_torch(value)) for name, value in params.items()}
+    leaves = {name: nn.Parameter(_to_torch(value).to(device)) for name, value in params.items()}
     adam = torch.optim.Adam(leaves.values(), lr=meta_lr, fused=True)
-    backward = style(arithmetic, leaves, Task(*map(_inputs_to_torch, tasks)))
+    backward = style(arithmetic, leaves, Task(*(_inputs_to_torch(values).to(device) for values in tasks)))
 
-    def update(count: int) -> Tensor:
+    def update(count: int) -> float:
         for _ in range(count):
             adam.zero_grad()
             loss = backward()
             adam.step()
-        return loss
+        return loss.item()  # which waits for the device
 
     return update, lambda: {name: _to_numpy(adam.state[value]["exp_avg"]) for name, value in leaves.items()}
 
@@ -189,4 +196,4 @@ def _to_torch(value: np.ndarray) -> Tensor:
 
 
 def _to_numpy(value: Tensor) -> np.ndarray:
-    return (value.permute(2, 3, 1, 0) if value.ndim == 4 else value).numpy()
+    return (value.permute(2, 3, 1, 0) if value.ndim == 4 else value).cpu().numpy()
