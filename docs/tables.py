@@ -36,7 +36,7 @@ ENTRIES = (
     Entry("Omniglot 5-way 1-shot, no convolutions, %", "omniglot-5w1s-fc", 3),
     Entry("Omniglot 5-way 5-shot, no convolutions, %", "omniglot-5w5s-fc", 3),
     Entry("miniImageNet 5-way 1-shot, %", "miniimagenet-5w1s", 10),
-    Entry("miniImageNet 5-way 1-shot, first order, %", "miniimagenet-5w1s", 10, "fomaml"),
+    Entry("miniImageNet 5-way 1-shot, first order, %", "miniimagenet-5w1s_first_order", 10, "fomaml"),
     Entry("miniImageNet 5-way 5-shot, %", "miniimagenet-5w5s", 10),
     Entry("2D navigation: return", "navigation", 1),
     Entry("2D navigation: return", "navigation", 3),

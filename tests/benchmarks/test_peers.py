@@ -98,10 +98,21 @@ def test_disagreement_is_an_error():
             peers.check_agreement({"a": reference, "b": other}, tolerance=1e-4)
 
 
+def test_a_peer_that_cannot_run_here_is_left_out(capsys):
+    def fail(count):
+        raise RuntimeError("tensor does not have a device\nand more")
+
+    method = peers.Method(lambda count: 1.0, lambda: {"kernel": np.ones(2)})
+    found = {"a": method, "b": method._replace(update=fail), "c": method}
+    assert peers.check_agreement(found, tolerance=1e-4) == ["c"]
+    assert "skipped b: RuntimeError: tensor does not have a device\n" in capsys.readouterr().err
+
+
 def test_what_disagrees_is_not_timed_and_the_rest_is(capsys, monkeypatch):
     def check(problem, *arguments, second_order, **keywords):
         if second_order:
             raise peers.DisagreementError("they differ")
+        return ["loop over tasks"]
 
     monkeypatch.setattr(peers, "available", lambda seconds: ["loop over tasks"])
     monkeypatch.setattr(peers, "by_peer", lambda *arguments, **keywords: peers.Method(lambda count: None, dict))
