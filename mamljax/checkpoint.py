@@ -50,7 +50,7 @@ class Checkpoints:
         else:
             if not steps.is_dir():
                 raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
-            options = {"read_only": True, "create": False}
+            options = {"create": False}  # with read_only Orbax would warn that it is
         if jax.process_count() > 1:  # this process alone reads and writes; the others do not wait for it
             me = jax.process_index()
             alone = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": "checkpoints"}
