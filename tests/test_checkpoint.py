@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import shutil
+from pathlib import Path
 
 import filelock
 import jax
@@ -231,3 +232,20 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_another_process_is_writing_is_written_too(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    replace = Path.replace
+
+    def meanwhile(draft, target):
+        monkeypatch.setattr(Path, "replace", replace)
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        write_atomically(path, "other")
+        replace(draft, target)
+
+    monkeypatch.setattr(Path, "replace", meanwhile)
+    write_atomically(path, "mine")
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]

@@ -136,6 +136,18 @@ def test_the_best_state_is_read_back(tmp_path):
         assert_equal(read_best(LEARNER, tmp_path / name), best)
 
 
+def test_reading_back_changes_nothing_and_warns_of_nothing(tmp_path, caplog):
+    train(directory=tmp_path)
+    unfinished = tmp_path / "steps" / "9.orbax-checkpoint-tmp"  # of a process that is writing now
+    unfinished.mkdir()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    caplog.clear()
+    with caplog.at_level("WARNING"):
+        read_best(LEARNER, tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert caplog.messages == []
+
+
 def test_the_best_state_is_read_from_a_directory_of_fit(tmp_path):
     (tmp_path / "config.json").write_text('{"experiment": "sinusoid"}')
     with pytest.raises(CheckpointError, match=r"is none that `fit` was given. A script's are OUT/checkpoints/METHOD"):
