@@ -93,11 +93,9 @@ def problems_of(options: Options) -> list[Problem]:
 
 def _devices(problem: Problem, wanted: int | None) -> int:
     """Among how many devices to divide the tasks of a problem; sinusoids are too little work to divide."""
-    if not problem.image:
+    if not problem.image or (wanted is None and jax.default_backend() != "cpu"):
         return 1
     if wanted is None:
-        if jax.default_backend() != "cpu":
-            return 1
         return max(number for number in range(1, harness.cores() + 1) if problem.num_tasks % number == 0)
     if wanted < 1 or problem.num_tasks % wanted:
         raise ValueError(f"--devices must divide the {problem.num_tasks} tasks of {problem.name}, got {wanted}.")
@@ -136,7 +134,8 @@ def by_peer(name: str, problem: Problem, params: PyTree, tasks: Task, *, second_
     import torch_packages
 
     torch.set_num_threads(harness.cores())
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = _default_precision() == "tensorfloat32"
+    tf32 = jax.config.jax_default_matmul_precision == "tensorfloat32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     style = (torch_maml.STYLES | {"higher": torch_packages.by_higher, "TorchOpt": torch_packages.by_torchopt})[name]
     arithmetic = torch_maml.Arithmetic(
         torch_maml.NETWORKS[problem.network],
@@ -148,11 +147,6 @@ def by_peer(name: str, problem: Problem, params: PyTree, tasks: Task, *, second_
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     tensors = _named(params), (*tasks.support, *tasks.query)
     return Method(*torch_maml.build(style, arithmetic, *tensors, meta_lr=META_LR, device=device))
-
-
-def _default_precision() -> str | None:
-    """In what the products of this process are, by JAX's configuration."""
-    return jax.config.jax_default_matmul_precision
 
 
 def available(compile_seconds: float) -> list[str]:
@@ -173,8 +167,8 @@ def methods(
     problem: Problem, params: PyTree, tasks: Task, peers: Sequence[str], *, second_order: bool, compile_seconds: float
 ) -> dict[str, Method]:
     """The library and the peers, all with the same weights and tasks."""
-    mode = _mode(problem, second_order=second_order)
-    found = {_name_of_library(problem, second_order=second_order): by_library(problem, params, tasks, mode)}
+    mode = problem.differentiation if second_order else "first_order"
+    found = {f"mamljax, {mode}": by_library(problem, params, tasks, mode)}
     for name in peers:
         try:
             with harness.time_limit(compile_seconds if name == "torch.compile" else 0):
@@ -184,14 +178,6 @@ def methods(
                 raise
             print(f"skipped {name}: {type(error).__name__}: {str(error).strip().splitlines()[0]}", file=sys.stderr)
     return found
-
-
-def _mode(problem: Problem, *, second_order: bool) -> Differentiation:
-    return problem.differentiation if second_order else "first_order"
-
-
-def _name_of_library(problem: Problem, *, second_order: bool) -> str:
-    return f"mamljax, {_mode(problem, second_order=second_order)}"
 
 
 def check_both_precisions(problem: Problem, peers: Sequence[str], *, second_order: bool, compile_seconds: float) -> list[str]:
@@ -262,7 +248,7 @@ def measure(options: Options) -> list[report.Row]:
                     rows += compare(problem, setting, found, options.repeats)
             except DisagreementError as error:
                 print(f"{setting}: not timed. {error}", file=sys.stderr)
-                names = (_name_of_library(problem, second_order=order == "second"), *peers)
+                names = ("mamljax", *peers)
                 rows += [row_of(problem, setting, name, TIME, float("nan"), "not timed", note=str(error)) for name in names]
     return rows
 
