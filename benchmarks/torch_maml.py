@@ -167,7 +167,12 @@ def build(
 
     Returns:
         What does so many meta-updates and returns the loss before the last; and what returns Adam's mean of the meta-gradients.
+
+    Raises:
+        ImportError: PyTorch has no GPU to compute on.
     """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ImportError("JAX runs on a GPU, but this PyTorch finds none. Install one with CUDA, or set JAX_PLATFORMS=cpu.")
     leaves = {name: nn.Parameter(_to_torch(value).to(device)) for name, value in params.items()}
     adam = torch.optim.Adam(leaves.values(), lr=meta_lr, fused=True)
     backward = style(arithmetic, leaves, Task(*(_inputs_to_torch(values).to(device) for values in tasks)))

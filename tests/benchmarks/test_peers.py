@@ -108,6 +108,15 @@ def test_a_peer_that_cannot_run_here_is_left_out(capsys):
     assert "skipped b: RuntimeError: tensor does not have a device\n" in capsys.readouterr().err
 
 
+def test_a_gpu_that_pytorch_does_not_find_is_an_error(monkeypatch):
+    torch = pytest.importorskip("torch")
+    import torch_maml
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ImportError, match="JAX runs on a GPU, but this PyTorch finds none. Install one with CUDA"):
+        torch_maml.build(None, None, {}, (), meta_lr=1e-3, device="cuda")
+
+
 def test_what_disagrees_is_not_timed_and_the_rest_is(capsys, monkeypatch):
     def check(problem, *arguments, second_order, **keywords):
         if second_order:
