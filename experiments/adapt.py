@@ -10,6 +10,7 @@ import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import few_shot
 import jax
@@ -41,8 +42,8 @@ class Options:
     query: Path
     """Directory of the images to classify, in folders or not. Networks normalise by the images that they see together: each
     is seen with the support images, so that its prediction depends on no other."""
-    method: few_shot.Method = "maml"
-    """Which of the run's networks: maml, fomaml or pretrained."""
+    method: Literal["maml", "fomaml", "pretrained"] = "maml"
+    """Which of the run's networks."""
     steps: int | None = None
     """Adaptation steps; by default as many as the run's --test-steps."""
     inner_lr: float | None = None
@@ -54,8 +55,6 @@ class Options:
 def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     """Adapt the network; returns the class names [N], the query files [n], and probabilities [n, N]."""
     run = read_options(options.checkpoint)
-    if options.method not in ("maml", "fomaml", "pretrained"):
-        raise ValueError(f"--method must be maml, fomaml or pretrained, got {options.method}.")
     if options.method == "pretrained" and options.inner_lr is None:
         raise ValueError(
             "a pretrained network has no step size of its own. "
@@ -84,7 +83,8 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     states = read_best(learner, options.checkpoint / "checkpoints" / options.method)
     params = jax.tree.map(lambda leaf: leaf[0], states.params)
     network = few_shot.build_network(run, image, run.ways)
-    adapted, _ = fine_tune(network, cross_entropy, params, support, all_but(few_shot.NORM_PARAMETERS, lr), steps)
+    rule = all_but(few_shot.NORM_PARAMETERS[run.norm], lr)
+    adapted, _ = fine_tune(network, cross_entropy, params, support, rule, steps)
 
     def logits(x: jax.Array) -> jax.Array:
         return network.apply(adapted, jnp.concatenate([support.x, x[None]]))[-1]

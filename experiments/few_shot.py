@@ -34,7 +34,7 @@ from mamljax.types import MetaLearner, Model, PyTree, SampleFn, State, Task, as_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NORM_PARAMETERS = ("shift", "scale")  # of the outer loop alone
+NORM_PARAMETERS = {"shift": ("shift",), "scale_and_shift": ("shift", "scale")}  # of the outer loop alone
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tuning is tuned
 
@@ -166,7 +166,7 @@ def build_learner(method: Method, options: Options, data: Data, *, eval_steps: i
     tx = optax.adam(options.meta_lr)
     tx = tx if options.clip is None else optax.chain(optax.clip(options.clip), tx)
     shared = {"tx": tx, "metric_fns": {"accuracy": accuracy}, "chunk_size": runner.tasks_at_a_time(options)}
-    adaptation = {"rule": all_but(NORM_PARAMETERS, rule), "eval_steps": eval_steps}
+    adaptation = {"rule": all_but(NORM_PARAMETERS[options.norm], rule), "eval_steps": eval_steps}
     if method in ("fine_tuning", "nearest_neighbour"):
         features = build_network(options, data.image, None)
         shared |= {"num_classes": data.num_classes, "ways": options.ways}
@@ -225,7 +225,7 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
 
 def draw_episodes(options: Options, data: Data, state: State, lr: float, path: Path, *, count: int = 4) -> None:
     """Draw test episodes: support images, then query images with their prediction before and after adaptation."""
-    network, rule = build_network(options, data.image, options.ways), all_but(NORM_PARAMETERS, lr)
+    network, rule = build_network(options, data.image, options.ways), all_but(NORM_PARAMETERS[options.norm], lr)
 
     @jax.jit
     def adapted(params: PyTree, sample: SampleFn, key: Array) -> tuple[Task, Array]:

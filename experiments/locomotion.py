@@ -22,7 +22,7 @@ from mamljax import report
 from mamljax.inner import adapt
 from mamljax.rl.environment import Environment
 from mamljax.rl.locomotion import locomotion
-from mamljax.rl.maml_rl import fine_tune, reinforce_loss
+from mamljax.rl.maml_rl import reinforce_loss
 from mamljax.rl.rendering import RenderingError, render_strip
 from mamljax.types import PyTree
 
@@ -131,8 +131,8 @@ def adapted_positions(options: Options, env: Environment, params: PyTree, lr: Ar
     model, collect = reinforcement.policy_and_collector(reinforcement.at_test(options), env)
     rule = reinforcement.halving_rule(lr)
     batch_key, reset_key, step_key = jax.random.split(key, 3)
-    batch = jax.tree.map(lambda leaf: leaf[:1], fine_tune(model, collect, rule, 0, batch_key, params, task))
-    _, path = adapt(functools.partial(reinforce_loss, model), params, batch, rule)
+    batches = jax.tree.map(lambda leaf: leaf[None], collect(batch_key, params, task))
+    _, path = adapt(functools.partial(reinforce_loss, model), params, batches, rule)
 
     def trajectory(params: PyTree) -> Array:
         def step(carry: tuple, key: Array) -> tuple[tuple, Array]:

@@ -17,7 +17,7 @@ from reinforcement import TEST_SEED, Method, Trained
 
 from mamljax import report
 from mamljax.rl.environment import Environment
-from mamljax.rl.maml_rl import fine_tune
+from mamljax.rl.maml_rl import collect_and_adapt
 from mamljax.rl.navigation import navigation
 
 SOURCE = "Finn et al. 2017, appendix"
@@ -87,7 +87,9 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
     goals = jax.vmap(env.sample_task)(goal_keys)
     for method, line in zip(methods, panels, strict=True):
         params = jax.tree.map(lambda leaf: leaf[0], trained[method].states.params)
-        adapt = functools.partial(fine_tune, model, collect, reinforcement.halving_rule(trained[method].lr), options.eval_steps)
+        adapt = functools.partial(
+            collect_and_adapt, model, collect, reinforcement.halving_rule(trained[method].lr), options.eval_steps
+        )
         batches = jax.jit(jax.vmap(lambda key, goal, adapt=adapt, params=params: adapt(key, params, goal)))(keys, goals)
         steps = batches.trajectories
         of_first = jax.vmap(jax.vmap(lambda steps: steps.first))(steps)

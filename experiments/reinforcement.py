@@ -85,6 +85,7 @@ class Options(runner.Options):
     validate_every: int = 20
 
     free = (*runner.Options.free, "tuning_lrs", "chunk_size", "eval_trajectories")
+    may_be_zero = (*runner.Options.may_be_zero, "discount", "gae_lambda")
 
 
 class Trained(NamedTuple):

@@ -6,6 +6,7 @@ its methods through a `Run`.
 
 import contextlib
 import dataclasses
+import errno
 import itertools
 import logging
 import math
@@ -14,6 +15,7 @@ import re
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -73,10 +75,13 @@ class Options:
         *("preset", "method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard"),
         *("devices", "distributed", "join_seconds"),
     )
+    may_be_zero = ("seed",)
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 STATUS = re.compile("[A-Z_]+: ")  # what errors of XLA begin with, which may be a JaxRuntimeError or a ValueError
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+OURS = {Path(file).resolve().parent for file in (__file__, report.__file__)}
 
 
 class Run:
@@ -166,12 +171,12 @@ def _check_ranges(options: Options) -> None:
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
         for item in value if isinstance(value, tuple) else (value,):
-            if name in ("discount", "gae_lambda"):
-                continue  # they may be 0, and have checks of their own
+            if item == 0 and name in options.may_be_zero:
+                continue
             if isinstance(item, float) and not (item > 0 and (math.isfinite(item) or name == "max_minutes")):
                 raise ValueError(f"{flag} must be positive and finite, got {item}.")
             if isinstance(item, int) and not isinstance(item, bool):
-                check_count(flag, item, minimum=0 if name == "seed" else 1)
+                check_count(flag, item, minimum=int(name not in options.may_be_zero))
         if name == "seed" and value + options.seeds > 2**32:
             raise ValueError(f"--seed and --seeds must stay below 2**32, got {value} and {options.seeds}.")
         if value == ():
@@ -211,6 +216,8 @@ def main(
         print(f"{str(stop) or 'stopped'}. The same command goes on from there.", file=sys.stderr)
         return 130
     except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
         message = f"cannot write to {error.filename or options.out}: {error.strerror}"
         print(f"error: {message}. Make room, or choose another --out; what was saved before is kept.", file=sys.stderr)
         return 2
@@ -229,7 +236,7 @@ def main(
 def _message(error: Exception, options: Options) -> str | None:
     """What is wrong, and what to do about it; None if only a traceback can tell."""
     if not STATUS.match(str(error)):
-        return str(error)
+        return str(error) if not isinstance(error, ValueError) or _was_raised_here(error) else None
     status = str(error).splitlines()[0]
     if status.startswith("RESOURCE_EXHAUSTED"):
         return f"out of memory ({status}). Lower --chunk-size, where there is one, or --num-tasks."
@@ -237,6 +244,12 @@ def _message(error: Exception, options: Options) -> str | None:
         remedy = "Start all of them again: the same command goes on from the last checkpoint."
         return f"another process was lost ({status}). {remedy}"
     return None
+
+
+def _was_raised_here(error: ValueError) -> bool:
+    """Whether it comes from a `raise` of the library or of a script, and is not a slip in one of them."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return (last.line or "").startswith("raise ") and not OURS.isdisjoint(Path(last.filename).resolve().parents)
 
 
 def run_script(experiment: str, presets: Mapping[str, AnyOptions], execute: Callable[[AnyOptions, Run], None]) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Sinusoid regression: figures 2, 3 and 6 and table 2 of Finn et al. 2017. `python experiments/sinusoid.py`
+"""Sinusoid regression: figures 2, 3 and 6 of Finn et al. 2017, and most of its table 2. `python experiments/sinusoid.py`
 
 Each method trains one network on curves y = A sin(x - phase), each seen at a few points, and is judged on new curves after
 0 to 10 steps of gradient descent on 5, 10 or 20 points.
@@ -44,7 +44,7 @@ class Options(runner.Options):
     """Values for all options below and above: paper, or quick for a first look in under a minute."""
     method: tuple[Method, ...] = ("maml", "fomaml", "pretrained", "oracle", "random")
     """Methods, trained in this order: MAML, first-order MAML, one network for all tasks, one that is told amplitude and
-    phase, and an untrained one. Those but MAML are fine-tuned with a step size tuned for them; the oracle is not."""
+    phase, and an untrained one. The one for all tasks and the untrained one are fine-tuned with a step size tuned for them."""
     protocol: Literal["corrected", "paper"] = "corrected"
     """How the weights begin, on which the text is silent: with Flax's default, LeCun normal (corrected), or truncated normal
     with standard deviation 0.01 as in the authors' code (paper)."""
@@ -132,7 +132,7 @@ def train(method: Method, options: Options, run: runner.Run) -> tuple[State, int
 
     validation = sinusoid(shots=options.shots, queries=options.eval_queries, reveal=oracle)
 
-    def validation_error(state: State) -> Array:
+    def validation_error(state: State) -> Array:  # for the log: it is the last state that is evaluated
         losses = evaluate(learner, state, validation, key=jax.random.key(VALIDATION_SEED), num_tasks=options.eval_tasks)
         return losses["loss"][:, -1].mean()
 
@@ -150,6 +150,7 @@ def network(options: Options, *, oracle: bool = False) -> Model:
 def query_errors(states: State, lr: Array | float, *, options: Options, oracle: bool, shots: int, seed: int) -> Array:
     """Error before and after each step of size `lr`, whatever the states were trained by: [seeds, eval_tasks, S + 1]."""
     steps = 0 if oracle else options.eval_steps
+    # For its evaluation alone, which is the same for every method: gradient descent on the support set.
     learner = pretrain(network(options, oracle=oracle), mse, rule=optax.sgd(lr), eval_steps=steps, tx=optax.identity())
     sample = sinusoid(shots=shots, queries=options.eval_queries, reveal=oracle)
     key = jax.random.key(seed)

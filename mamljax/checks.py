@@ -1,16 +1,41 @@
 """Checks of what users pass in: each raises one error that says what was given, what was expected and what to do."""
 
 import numbers
+from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
-from mamljax.types import Task
+from mamljax.types import PyTree, Task
 
 
 def check_count(name: str, value: int, hint: str = "", *, minimum: int = 1) -> None:
     """Raise `ValueError` unless `value` is a whole number of at least `minimum`; `hint` says what to do instead."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}. {hint}".rstrip())
+
+
+def check_params(params: PyTree) -> None:
+    """Raise `ValueError` unless every leaf is floating-point, and so can be adapted."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, but only floating-point parameters "
+                "can be adapted. Convert it, or close over it in Model.apply."
+            )
+
+
+def scalar(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
+    """The same loss, which raises `ValueError` if it is no scalar."""
+
+    def checked(*args: PyTree) -> Array:
+        loss = loss_fn(*args)
+        if jnp.shape(loss) != ():
+            raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(loss)}. Take its mean over the examples.")
+        return loss
+
+    return checked
 
 
 def check_task(task: Task) -> None:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from mamljax.checks import check_params, scalar
+from mamljax.mixed import mixed_mode_gradient
 from mamljax.types import PyTree
 
 Differentiation = Literal["mixed", "reverse", "first_order"]
@@ -29,7 +30,7 @@ def adapt(
     `params`, `data` and whatever `loss_fn` closes over:
 
     - `"mixed"`: exact, by forward-over-reverse differentiation of each step (MixFlow-MG, arXiv 2505.00793), of which it
-      keeps nothing but the parameters and the rule's state. Cannot itself be differentiated in forward mode.
+      keeps nothing but the parameters and the rule's state; see `mixed.py`. Cannot itself be differentiated in forward mode.
     - `"reverse"`: exact, by plain reverse mode through every step. Can itself be differentiated in any mode.
     - `"first_order"`: the inner gradient counts as a constant (first-order MAML).
 
@@ -52,7 +53,7 @@ def adapt(
     [0.0, 0.5, 0.75]
     """
     check_params(params)
-    gradient = _inner_gradient(_scalar(loss_fn), differentiation)
+    gradient = _inner_gradient(scalar(loss_fn), differentiation)
 
     def step(carry: tuple, entry: PyTree) -> tuple[tuple, PyTree]:
         params, opt = carry
@@ -64,8 +65,8 @@ def adapt(
     carry = (params, rule.init(params))
     num_steps = len(jax.tree.leaves(data)[0])
     if num_steps >= 1:
-        # Outside the scan, whose carry has a task axis from the start: here the tasks still share their parameters,
-        # so that the forward pass of all of them is one large product.
+        # Outside the scan: `vmap` gives a scan's carry a task axis from the start, while here all tasks still share their
+        # parameters, and their forward passes are one large product.
         carry, stepped = step(carry, jax.tree.map(lambda leaf: leaf[0], data))
         path.append(_with_axis(stepped))
     if num_steps >= 2:
@@ -77,65 +78,13 @@ def adapt(
 def _inner_gradient(loss_fn: Callable, differentiation: Differentiation) -> Callable:
     """The gradient of `loss_fn` in its first argument, with the derivative that `differentiation` asks for."""
     gradient = jax.grad(loss_fn)
+    if differentiation == "mixed":
+        return mixed_mode_gradient(loss_fn)
     if differentiation == "reverse":
         return gradient
     if differentiation == "first_order":
         return lambda params, entry: lax.stop_gradient(gradient(params, entry))
-    if differentiation != "mixed":
-        raise ValueError(f"differentiation must be one of {get_args(Differentiation)}, got {differentiation!r}.")
-
-    def mixed(params: PyTree, entry: PyTree) -> PyTree:
-        # The backward pass runs later, outside the transformations (vmap over tasks) that are under way now. So whatever
-        # the loss closes over becomes an argument.
-        closed = jax.make_jaxpr(loss_fn)(params, entry)
-
-        def pure_loss(params: PyTree, entry_and_closed_over: PyTree) -> Array:
-            entry, closed_over = entry_and_closed_over
-            return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))(*jax.tree.leaves((params, entry)))[0]
-
-        return _mixed_mode_gradient(pure_loss)(params, (entry, closed.consts))
-
-    return mixed
-
-
-def _mixed_mode_gradient(loss_fn: Callable) -> Callable:
-    """The gradient of `loss_fn` in its first argument, whose backward pass is a forward pass over the whole gradient."""
-    joint_gradient = jax.grad(loss_fn, argnums=(0, 1), allow_int=True)
-
-    @jax.custom_vjp
-    def gradient(params: PyTree, entry: PyTree) -> PyTree:
-        return jax.grad(loss_fn)(params, entry)
-
-    def forward(params: PyTree, entry: PyTree) -> tuple[PyTree, tuple]:
-        return gradient(params, entry), (params, entry)
-
-    def backward(residuals: tuple, cotangent: PyTree) -> tuple[PyTree, PyTree]:
-        params, entry = residuals
-        # The Hessian is symmetric: its product with (cotangent, 0) from the right is that from the left.
-        return jax.jvp(lambda params: joint_gradient(params, entry), (params,), (cotangent,))[1]
-
-    gradient.defvjp(forward, backward)
-    return gradient
-
-
-def _scalar(loss_fn: Callable) -> Callable:
-    def checked(params: PyTree, entry: PyTree) -> Array:
-        loss = loss_fn(params, entry)
-        if jnp.shape(loss) != ():
-            raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(loss)}. Take its mean over the examples.")
-        return loss
-
-    return checked
-
-
-def check_params(params: PyTree) -> None:
-    """Raise `ValueError` unless every leaf is floating-point, and so can be adapted."""
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, but only floating-point parameters "
-                "can be adapted. Convert it, or close over it in Model.apply."
-            )
+    raise ValueError(f"differentiation must be one of {get_args(Differentiation)}, got {differentiation!r}.")
 
 
 def _with_axis(params: PyTree) -> PyTree:

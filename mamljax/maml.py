@@ -29,7 +29,9 @@ def maml(
     r"""Learn an initialisation from which a few steps on a task's support set do well on its query set.
 
     The meta-loss of task $i$ is $L_i^{query}(\theta_i')$, where $\theta_i'$ comes from $\theta$ by `inner_steps` steps of
-    $\theta' \leftarrow \theta' - \alpha \nabla L_i^{support}(\theta')$.
+    $\theta' \leftarrow \theta' - \alpha \nabla L_i^{support}(\theta')$. With `tx=optax.sgd(beta)` a meta-update is
+    $\theta \leftarrow \theta - \beta \nabla_\theta \frac1B \sum_{i=1}^B L_i^{query}(\theta_i')$, the gradient taken through
+    those steps.
 
     Args:
         model: the network.

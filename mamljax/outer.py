@@ -32,8 +32,8 @@ def meta_learner(
         evaluate: (key, state, task) -> metrics, each [S + 1] over adaptation steps.
         tx: the outer optimiser. It may also take Optax's extra arguments `value`, `grad` and `value_fn` (the mean loss
             on the same data), as line searches do.
-        gather: (key, params, task) -> data of one task; draws what the loss needs, such as trajectories, and is not
-            differentiated. By default the data is the task.
+        gather: (key, params, task) -> data of one task, for a loss that needs random numbers, such as the order of a sequence,
+            noise or trajectories; it is not differentiated. By default the data is the task.
         chunk_size: tasks that a device differentiates at a time, a divisor of its share of B; by default all of them. Fewer
             take less memory, and on a CPU less time where the activations of all tasks do not fit the cache. The result is
             the same.
@@ -59,7 +59,7 @@ def meta_learner(
                 return task_loss(params, jax.tree.map(lambda leaf: leaf[0], data))
             return jax.vmap(task_loss, in_axes=(None, 0))(params, data).mean()
 
-        # jit has it traced once, though the shapes of its results are asked for before it is called.
+        # `jit` keeps the trace: `_mean_over_chunks` first asks for the shapes of the results, and then calls it.
         mean = partial(_mean_over_chunks, jax.jit(jax.value_and_grad(meta_loss)), chunk_size)
         loss, grads = mean_over_devices(mean, state.params, data)
         updates, opt = tx.update(grads, state.opt, state.params, value=loss, grad=grads, value_fn=meta_loss)

@@ -3,7 +3,6 @@
 import math
 import numbers
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mamljax.inner import check_params
+from mamljax.checks import check_params
 from mamljax.types import Model, PyTree
 
 Rule = float | optax.GradientTransformation  # a step size stands for gradient descent
@@ -95,14 +94,15 @@ def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.Grad
 
 
 def all_but(frozen: Sequence[str], rule: Rule) -> optax.GradientTransformation:
-    """Adapt all parameters but those of the given names, which the outer loop alone learns.
+    """Adapt all parameters but the named ones, or those of the named layers, which the outer loop alone learns.
 
     Args:
-        frozen: last parts of parameter paths, ("shift", "scale") for those of `image_models.BatchStatNorm`.
+        frozen: names on the paths of parameters: ("shift", "scale") for those of every `image_models.BatchStatNorm`; all layers
+            but the last for ANIL (arXiv 1909.09157), the last alone for BOIL (arXiv 2008.08882).
         rule: what the others follow, a step size or an Optax transformation.
 
     Raises:
-        ValueError: the step size is not positive and finite.
+        ValueError: the step size is not positive and finite; where it is used, a name that no parameter and no layer has.
 
     >>> params = {"Dense_0": {"kernel": jnp.ones(2)}, "Norm_0": {"shift": jnp.ones(2)}}
     >>> rule = all_but(["shift"], 0.5)
@@ -110,9 +110,14 @@ def all_but(frozen: Sequence[str], rule: Rule) -> optax.GradientTransformation:
     [0.0, 0.0]
     """
 
+    def on_path(path: tuple) -> set[str]:
+        return {jax.tree_util.keystr((key,), simple=True) for key in path}
+
     def labels(params: PyTree) -> PyTree:
-        name = partial(jax.tree_util.keystr, simple=True)
-        return jax.tree.map_with_path(lambda path, _: "frozen" if name(path[-1:]) in frozen else "adapted", params)
+        known = set().union(*(on_path(path) for path, _ in jax.tree.leaves_with_path(params)))
+        if missing := sorted({*frozen} - known):
+            raise ValueError(f"no parameter and no layer is called {missing}. There are {sorted(known)}.")
+        return jax.tree.map_with_path(lambda path, _: "frozen" if on_path(path) & {*frozen} else "adapted", params)
 
     adapted = as_rule(rule, {}, differentiable=False)  # whoever uses it checks its derivatives
     return optax.partition({"frozen": optax.set_to_zero(), "adapted": adapted}, labels)

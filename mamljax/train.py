@@ -85,8 +85,8 @@ def fit(
             meta-batch are divided; by default one. Results are equal up to rounding, and a run goes on with any other number
             of devices. Of several hosts the first writes the files.
         directory: where to keep checkpoints and `metrics.jsonl`, a line for each compiled call; None keeps nothing.
-        config: JSON values that decide how the run goes. A directory that holds a run of another configuration is refused;
-            that the learner or the sampler is another one goes unnoticed unless it shows in here.
+        config: JSON values that decide how the run goes. A directory that holds a run of another configuration is refused.
+            `fit` cannot see what else changed in the learner or the sampler: put in here what you vary.
         checkpoint_seconds: time between checkpoints; there is always one at the end.
         max_seconds: stop after this time, saved.
         label: what to call the run in the progress line.

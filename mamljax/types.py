@@ -16,11 +16,6 @@ LossFn = Callable[[Array, Array], Array]  # (outputs [n, ...], targets [n, ...])
 SampleFn = Callable[[Array], PyTree]  # key -> one task; mapped over a meta-batch
 
 
-def as_argument(fn: Callable) -> Partial:
-    """Make a function an argument of compiled programs; the arrays of a `Partial` are then arguments too, not constants."""
-    return fn if isinstance(fn, Partial) else Partial(fn)
-
-
 class Examples(NamedTuple):
     """Labelled examples."""
 
@@ -56,3 +51,8 @@ class MetaLearner(NamedTuple):
     init: Callable[[Array], State]  # key -> state
     update: Callable[[Array, State, PyTree], tuple[State, Metrics]]  # (key, state, tasks [B]) -> one meta-update
     evaluate: Callable[[Array, State, PyTree], Metrics]  # (key, state, task) -> metrics [S + 1], before and after each step
+
+
+def as_argument(fn: Callable) -> Partial:
+    """Wrap a function so that `jit` takes the arrays that a `Partial` carries as arguments, and makes no constants of them."""
+    return fn if isinstance(fn, Partial) else Partial(fn)

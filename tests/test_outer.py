@@ -25,23 +25,34 @@ def test_descends_the_mean_over_tasks():
     np.testing.assert_allclose(state.params, 3.0 - 1.5)
 
 
-def test_gather_draws_for_each_task_and_is_not_differentiated():
+def test_gather_is_not_differentiated():
     def gather(key, params, task):
-        return params * task, jax.random.normal(key)
+        return params * task
 
     seen = []
 
     def task_loss(params, data):
-        seen.append(data[1].shape)
-        return params * data[0]
+        seen.append(data.shape)
+        return params * data
 
     learner = learner_with(task_loss, gather=gather)
     state, _ = learner.update(KEY, learner.init(KEY), jnp.array([1.0, 2.0]))
     np.testing.assert_allclose(state.params, 3.0 - (3.0 * 1 + 3.0 * 2) / 2)
-    assert seen == [()]  # the loss sees one task at a time, with noise of its own
+    assert seen == [()]  # the loss sees one task at a time
 
-    draws = jax.vmap(lambda key: gather(key, 1.0, 1.0)[1])(jax.random.split(KEY, 2))
-    assert draws[0] != draws[1]
+
+def test_gather_has_a_key_of_its_own_for_each_task_and_update():
+    learner = learner_with(
+        lambda params, data: params * data[0] + data[1], gather=lambda key, _, task: (task, jax.random.normal(key))
+    )
+
+    def mean_noise(key):
+        return learner.update(key, learner.init(KEY), jnp.zeros(2))[1]["loss"]
+
+    one, other = (float(jax.random.normal(key)) for key in jax.random.split(KEY, 2))
+    assert one != other
+    np.testing.assert_allclose(mean_noise(KEY), (one + other) / 2, rtol=1e-5)
+    assert mean_noise(jax.random.key(1)) != mean_noise(KEY)
 
 
 def test_optimiser_gets_value_gradient_and_loss_function():

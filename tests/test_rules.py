@@ -130,6 +130,24 @@ def test_all_but_knows_attributes_by_their_names():
     assert (updates.shift.tolist(), updates.weight.tolist()) == ([0.0, 0.0], [-0.5, -0.5])
 
 
+def test_all_but_knows_layers_by_their_names():
+    """ANIL, which adapts the last layer alone, and BOIL, which adapts all others."""
+    model = mlp(1, (4, 4), 1)
+    params = model.init(jax.random.key(0))
+    for frozen in (("Dense_0", "Dense_1"), ("Dense_2",)):
+        rule = all_but(frozen, 0.5)
+        updates, _ = rule.update(params, rule.init(params), params)
+        moved = {layer for layer, leaves in updates.items() if leaves["kernel"].any()}
+        assert moved == params.keys() - {*frozen}
+
+
+def test_all_but_refuses_a_name_that_nothing_has():
+    with pytest.raises(
+        ValueError, match=r"no parameter and no layer is called \['scale'\]. There are \['Dense_0', 'Dense_1', 'bias'"
+    ):
+        maml(mlp(1, (4,), 1), mse, rule=all_but(("bias", "scale"), 0.5), inner_steps=1, eval_steps=1, tx=optax.adam(1e-3))
+
+
 def test_all_but_checks_its_step_size():
     with pytest.raises(ValueError, match="positive and finite"):
         all_but(("shift",), -1.0)

@@ -44,8 +44,8 @@ def omniglot(data_dir: str | Path | None = None, cache_dir: str | Path | None = 
     """Open the bank of all 1,623 characters, 28x28x1, ink 255 on 0; made at the first call.
 
     It is made of the official archives `images_background.zip` and `images_evaluation.zip` if `data_dir` is given, or else
-    by TensorFlow Datasets, which downloads them; the bank is the same. Images are resized by a Lanczos filter and inverted, as
-    in the authors' code.
+    by TensorFlow Datasets, which downloads them; the bank is the same. Images are resized by a Lanczos filter and inverted.
+    The authors' code asks Pillow for the same, but of images of one bit a pixel Pillow always takes the nearest pixels.
 
     Args:
         data_dir: directory of the two archives; not needed once the bank is made.

@@ -54,8 +54,8 @@ def maml_rl(
         tx: the outer optimiser, `trpo.trpo(0.01)` in the paper; it gets the extra arguments described there. With any other,
             such as Adam, this is vanilla policy gradient.
         multi_step_loss: whether the policy is judged after every one of the S steps, as Antoniou et al. 2019 (MAML++) do in
-            classification, and not after the last alone. Each counts by how much returns still differ after it: what is
-            maximised is the sum of the returns.
+            classification, and not after the last alone. What is maximised is then the sum of the returns: each step's
+            advantages, standardised for themselves, count by the standard deviation that they had.
         differentiation: "reverse" (exact) or "first_order"; see `inner.adapt`. TRPO multiplies by derivatives in both
             directions, which "mixed" has not.
         chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same. The
@@ -86,7 +86,7 @@ def maml_rl(
 
     def adapt_to_all(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
         keys, tasks = keys_and_tasks
-        return jax.vmap(partial(fine_tune, model, collect, rule, inner_steps), (0, None, 0))(keys, params, tasks)
+        return jax.vmap(partial(collect_and_adapt, model, collect, rule, inner_steps), (0, None, 0))(keys, params, tasks)
 
     def act_in_all(params: PyTree, batches: Batch) -> tuple[Array, Array]:
         act_in_one = partial(_act_adapted, model, rule, judged_from, differentiation, params)
@@ -111,7 +111,7 @@ def maml_rl(
         return State(params, tx.init(params))
 
     def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
-        batches = fine_tune(model, collect, rule, eval_steps, key, state.params, task)
+        batches = collect_and_adapt(model, collect, rule, eval_steps, key, state.params, task)
         unstable = jax.vmap(_unstable)(batches)
         return {"return": batches.mean_return, "return_of_first": batches.returns.mean(1), "unstable": unstable}
 
@@ -179,7 +179,7 @@ def _judged(judged_from: int, batches: Batch) -> Batch:
     return batches._replace(advantages=batches.advantages * weights[:, None, None])
 
 
-def fine_tune(
+def collect_and_adapt(
     model: Model,
     collect: CollectFn,
     rule: optax.GradientTransformation,

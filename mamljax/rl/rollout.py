@@ -14,7 +14,7 @@ from mamljax.types import Model, PyTree
 class Trajectories(NamedTuple):
     """What a policy saw, did and received in one task: E rows of T steps, each of one trajectory after the other.
 
-    A row whose mask is 0 is of no use: there the state became not finite, or a trajectory had no time left to end.
+    A step whose mask is 0 does not count: the state was not finite any more, or its trajectory had no time left to end.
     """
 
     observations: Array  # [T, E, o] before each action

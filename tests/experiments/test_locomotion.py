@@ -21,14 +21,6 @@ TINY = (
 )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast_compilation():
-    """At this size programs take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def main(*argv):
     return runner.main("locomotion", locomotion.PRESETS, locomotion.execute, [*TINY.split(), *map(str, argv)])
 

@@ -28,14 +28,6 @@ TINY = {
 ARGUMENTS = [word for option in TINY.items() for word in option] + ["--tuning-lrs", "0.01", "0.1"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _fast_compilation():
-    """At this size programs take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def main(*argv):
     return runner.main("navigation", navigation.PRESETS, navigation.execute, [*ARGUMENTS, *map(str, argv)])
 

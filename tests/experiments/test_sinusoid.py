@@ -245,6 +245,13 @@ def test_a_directory_that_cannot_be_written(tmp_path, capsys):
     assert "error: cannot write to" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("slip", [lambda: dict([(1,)]), lambda: open("nowhere")])  # noqa: SIM115
+def test_a_slip_in_the_code_keeps_its_traceback(tmp_path, slip):
+    """What no option is to blame for is not made one line."""
+    with pytest.raises((ValueError, FileNotFoundError)):
+        runner.main("sinusoid", sinusoid.PRESETS, lambda options, run: slip(), ["--out", str(tmp_path)])
+
+
 def test_divergence(tmp_path, capsys):
     assert main("--out", tmp_path, "--inner-lr", 1e30, "--method", "maml") == 2
     assert "at meta-update" in capsys.readouterr().err

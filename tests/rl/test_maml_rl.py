@@ -15,21 +15,13 @@ from mamljax.devices import on, place, task_mesh
 from mamljax.inner import adapt
 from mamljax.rl.collect import collector
 from mamljax.rl.environment import Environment, Step
-from mamljax.rl.maml_rl import act, divergence, fine_tune, maml_rl, reinforce_loss, surrogate_loss
+from mamljax.rl.maml_rl import act, collect_and_adapt, divergence, maml_rl, reinforce_loss, surrogate_loss
 from mamljax.rl.observed import with_task_observed
 from mamljax.rl.trpo import TrustRegionState, hessian_vector_product, trpo
 from mamljax.types import MetaLearner, Model
 
 KEY = jax.random.key(0)
 MAX_KL = 0.02
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _fast_compilation():
-    """At this size programs take longer to compile than to run."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def target_env():
@@ -185,7 +177,7 @@ def test_a_trivial_environment_is_solved_by_one_step():
 def batches():
     """Two steps of adaptation to one task, and what came after."""
     params = MODEL.init(KEY)
-    return params, jax.jit(lambda: fine_tune(MODEL, COLLECT, optax.sgd(0.3), 2, KEY, params, jnp.float32(1.0)))()
+    return params, jax.jit(lambda: collect_and_adapt(MODEL, COLLECT, optax.sgd(0.3), 2, KEY, params, jnp.float32(1.0)))()
 
 
 class Spy:
@@ -317,7 +309,7 @@ def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
         state = learner.init(KEY)
         learner.update(KEY, state, task[None])
         first, second, third = (
-            jax.tree.map(lambda leaf, step=step: leaf[step], fine_tune(MODEL, COLLECT, rule, 2, *arguments))
+            jax.tree.map(lambda leaf, step=step: leaf[step], collect_and_adapt(MODEL, COLLECT, rule, 2, *arguments))
             for arguments in [(jax.random.split(KEY, 1)[0], state.params, task)]
             for step in range(3)
         )

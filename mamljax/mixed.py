@@ -1,0 +1,56 @@
+"""Mixed mode: a gradient whose own derivative is found in forward mode (MixFlow-MG, arXiv 2505.00793)."""
+
+from collections.abc import Callable
+
+import jax
+from jax import Array
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from mamljax.types import PyTree
+
+
+def mixed_mode_gradient(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[[PyTree, PyTree], PyTree]:
+    r"""Build the gradient of `loss_fn` in its first argument, to be differentiated without its activations being kept.
+
+    Reverse mode through $\nabla_\theta L(\theta, d)$ asks for products of a cotangent $v$ with its Jacobian, the Hessian. That
+    is symmetric, so that $v^T H = H v$: the derivative of the gradient in the direction of $v$, one forward pass over the whole
+    of it, from $\theta$ and $d$ alone. Likewise for $d$, by way of $\nabla_d L$.
+
+    Args:
+        loss_fn: (params, entry) -> scalar; what it closes over is differentiated too.
+
+    Returns:
+        (params, entry) -> gradient, like `params`.
+    """
+
+    def gradient(params: PyTree, entry: PyTree) -> PyTree:
+        # What has a derivative of its own must not close over tracers, such as a task's data under vmap. So the loss is
+        # traced once, and what it closed over becomes an argument.
+        closed = jax.make_jaxpr(loss_fn)(params, entry)
+
+        def pure_loss(params: PyTree, entry_and_closed_over: PyTree) -> Array:
+            entry, closed_over = entry_and_closed_over
+            return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))(*jax.tree.leaves((params, entry)))[0]
+
+        return _gradient_of_pure(pure_loss)(params, (entry, closed.consts))
+
+    return gradient
+
+
+def _gradient_of_pure(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[[PyTree, PyTree], PyTree]:
+    """The same for a loss that closes over no tracers."""
+    joint_gradient = jax.grad(loss_fn, argnums=(0, 1), allow_int=True)
+
+    @jax.custom_vjp
+    def gradient(params: PyTree, entry: PyTree) -> PyTree:
+        return jax.grad(loss_fn)(params, entry)
+
+    def forward(params: PyTree, entry: PyTree) -> tuple[PyTree, tuple]:
+        return gradient(params, entry), (params, entry)
+
+    def backward(residuals: tuple, cotangent: PyTree) -> tuple[PyTree, PyTree]:
+        params, entry = residuals
+        return jax.jvp(lambda params: joint_gradient(params, entry), (params,), (cotangent,))[1]
+
+    gradient.defvjp(forward, backward)
+    return gradient
