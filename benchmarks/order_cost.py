@@ -145,7 +145,7 @@ def program(mode: str, setting: Setting, steps: int, limit: float) -> Program:
     learner = maml(
         model,
         setting.loss_fn,
-        rule=all_but(("shift",), INNER_LR),
+        rule=INNER_LR if setting.loss_fn is mse else all_but(("shift",), INNER_LR),
         inner_steps=steps,
         eval_steps=1,
         tx=optax.identity(),

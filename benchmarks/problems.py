@@ -69,7 +69,7 @@ def build_learner(problem: Problem, differentiation: Differentiation) -> MetaLea
     return maml(
         build_model(problem),
         loss_of(problem),
-        rule=all_but(("shift",), problem.inner_lr),
+        rule=all_but(("shift",), problem.inner_lr) if problem.image else problem.inner_lr,
         inner_steps=problem.inner_steps,
         eval_steps=1,
         tx=optax.adam(META_LR),

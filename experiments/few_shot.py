@@ -45,6 +45,7 @@ class Data(NamedTuple):
     image: Array  # [1, H, W, C] zeros, for its shape
     num_classes: int  # in training
     checksum: str  # of all images
+    parts: dict[str, list[str]]  # the names of the classes of each split
     train: SampleFn  # episodes
     val: SampleFn
     test: SampleFn
@@ -128,6 +129,7 @@ def load(options: Options) -> Data:
         image=jnp.zeros(image_shape(options)),
         num_classes=len(split["train"]),
         checksum=bank.checksum,
+        parts={part: [bank.names[number] for number in numbers] for part, numbers in split.items()},
         train=sampler("train", options.queries),
         val=sampler("val", eval_queries(options)),
         test=sampler("test", eval_queries(options)),
@@ -196,6 +198,8 @@ def train(method: Method, options: Options, data: Data, run: runner.Run) -> tupl
 
     sample = data.labelled if method in ("fine_tuning", "nearest_neighbour") else data.train
     config = {"bank": data.checksum}
+    if options.dataset == "folder":  # the others have class lists of their own
+        config["classes"] = data.parts
     result = run.train(method, learner, sample, validate_fn=Partial(validation_error, as_argument(data.val)), config=config)
     return result.best, result.num_updates
 
@@ -235,7 +239,8 @@ def draw_episodes(options: Options, data: Data, state: State, lr: float, path: P
         return task, jnp.stack([network.apply(params, task.query.x).argmax(-1) for params in (params, final)])
 
     shown = min(options.ways, 5)  # classes, one image of each
-    figure = report.new_figure(1.2 * 2 * shown + 1, 1.75 * count)
+    draw = functools.partial(_draw_image, greys="gray_r" if options.dataset == "omniglot" else "gray")  # its ink is 1
+    figure = report.new_figure(max(9, 1.2 * 2 * shown + 1), 1.75 * count)
     panels = figure.subplots(count, 2 * shown, squeeze=False)
     for number, row in enumerate(panels):
         key = jax.random.fold_in(jax.random.key(TEST_SEED), number)
@@ -243,10 +248,10 @@ def draw_episodes(options: Options, data: Data, state: State, lr: float, path: P
         labels = np.asarray(task.query.y)
         for label in range(shown):
             first = int((np.asarray(task.support.y) == label).argmax())
-            _draw_image(row[label], task.support.x[first], f"class {label}", "black")
+            draw(row[label], task.support.x[first], f"class {label}", "black")
             query = int((labels == label).argmax())
             old, new = guesses[:, query]
-            _draw_image(row[shown + label], task.query.x[query], f"{old} → {new}", "C2" if new == label else "C3")
+            draw(row[shown + label], task.query.x[query], f"{old} → {new}", "C2" if new == label else "C3")
         row[0].set_ylabel(f"episode {number + 1}")
         row[shown].set_ylabel("queries")
     figure.suptitle(
@@ -256,8 +261,8 @@ def draw_episodes(options: Options, data: Data, state: State, lr: float, path: P
     figure.savefig(path, dpi=100)
 
 
-def _draw_image(axes: "Axes", image: Array, title: str, colour: str) -> None:
-    axes.imshow(np.asarray(image).squeeze(), cmap="gray_r", vmin=0, vmax=1)
+def _draw_image(axes: "Axes", image: Array, title: str, colour: str, *, greys: str) -> None:
+    axes.imshow(np.asarray(image).squeeze(), cmap=greys, vmin=0, vmax=1)
     axes.set_title(title, color=colour, fontsize="medium")
     axes.set(xticks=[], yticks=[])
 

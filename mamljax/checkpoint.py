@@ -140,7 +140,7 @@ def claim_directory(directory: Path, config: dict[str, Any]) -> None:
     """
     make_directory(directory)
     path = directory / "config.json"
-    config = json.loads(json.dumps(config))
+    config = {name: _json_value(name, value) for name, value in config.items()}
     if not path.exists():
         _write_config(path, config)
     found = read_config(directory)
@@ -153,6 +153,16 @@ def claim_directory(directory: Path, config: dict[str, Any]) -> None:
             f"{directory} holds a run of another configuration: it has {there}, this one {given}. "
             "Choose another directory, or delete that one."
         )
+
+
+def _json_value(name: str, value: Any) -> Any:
+    try:
+        return json.loads(json.dumps(value))
+    except TypeError as error:
+        raise ValueError(
+            f"config[{name!r}] must be made of numbers, strings, lists and dicts, got {value!r} ({error}). "
+            "Convert it, for example by float or str."
+        ) from error
 
 
 def _write_config(path: Path, config: dict[str, Any]) -> None:

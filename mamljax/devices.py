@@ -27,8 +27,10 @@ def task_mesh(devices: Mesh | int | None = None) -> Mesh:
         devices: any mesh, of which all devices are taken; or how many of each host's devices, by default all.
 
     Raises:
-        ValueError: there are not that many.
+        ValueError: there are not that many, or `devices` is something else.
     """
+    if not isinstance(devices, Mesh | int | None):
+        raise ValueError(f"a mesh must be a jax.sharding.Mesh, got {type(devices).__name__}. Build one by jax.make_mesh.")
     if isinstance(devices, Mesh):
         chosen = list(devices.devices.flat)
     else:
@@ -44,8 +46,16 @@ def task_mesh(devices: Mesh | int | None = None) -> Mesh:
 
 
 def num_shares() -> int:
-    """Among how many devices tasks are divided here: those of `jax.set_mesh`, or one."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get("tasks", 1)
+    """Among how many devices tasks are divided here: those of `jax.set_mesh`, or one.
+
+    Raises:
+        ValueError: the mesh has axes that the program itself has to divide (`AxisType.Explicit`).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    if axes.get("tasks") == AxisType.Explicit:
+        raise ValueError("the mesh of jax.set_mesh has explicit axes. Use jax.set_mesh(mamljax.devices.task_mesh(mesh)).")
+    return dict(mesh.shape).get("tasks", 1)
 
 
 def divide(

@@ -77,6 +77,9 @@ def mean_and_ci95(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         Two arrays [...], float64; the half-width is NaN for one seed and one task.
 
+    Raises:
+        ValueError: fewer than two axes.
+
     >>> mean, ci95 = mean_and_ci95([[[0.0], [2.0]]])
     >>> float(mean[0]), round(float(ci95[0]), 2)
     (1.0, 1.96)
@@ -84,6 +87,8 @@ def mean_and_ci95(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     from scipy.special import stdtrit  # takes a quarter of a second, for which no training should wait
 
     values = np.asarray(values, np.float64)
+    if values.ndim < 2:
+        raise ValueError(f"values must be [seeds, tasks, ...], got shape {values.shape}. For one seed pass values[None].")
     seeds = len(values)
     mean = values.mean(axis=(0, 1))
     samples, quantile = (values[0], 1.96) if seeds == 1 else (values.mean(axis=1), stdtrit(seeds - 1, 0.975))

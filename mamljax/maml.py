@@ -103,6 +103,8 @@ def learning_curve(
 ) -> Metrics:
     """Fine-tune on the support set; the loss and metrics on the query set before and after each step, each [num_steps + 1]."""
     check_task(task)
+    if "loss" in metric_fns:
+        raise ValueError('metric_fns must not have "loss", which is the name of the loss itself. Choose another name.')
     _, path = fine_tune(model, loss_fn, params, task.support, rule, num_steps)
     outputs = jax.vmap(model.apply, in_axes=(0, None))(path, task.query.x)
     named = {"loss": loss_fn, **metric_fns}

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 from flax import linen
+from flax.errors import InvalidRngError
 from jax import Array
 
 from mamljax.checks import check_count
@@ -109,14 +110,22 @@ def from_linen(module: linen.Module, x: Array) -> Model:
         A model whose params are the module's "params" collection, a nested dict of arrays.
 
     Raises:
-        ValueError: the module has other collections (running averages of `BatchNorm`, for example).
+        ValueError: the module has other collections (running averages of `BatchNorm`, for example), or draws random numbers.
     """
-    collections = set(jax.eval_shape(module.init, jax.random.key(0), x)) - {"params"}
+    variables = jax.eval_shape(module.init, jax.random.key(0), x)
+    collections = set(variables) - {"params"}
     if collections:
         raise ValueError(
             f"{type(module).__name__} keeps state in {sorted(collections)}, which an inner loop under vmap cannot update. "
             "Use layers that keep none: LayerNorm, GroupNorm, or batch statistics computed anew from each batch."
         )
+    try:
+        jax.eval_shape(module.apply, variables, x)
+    except InvalidRngError as error:
+        raise ValueError(
+            f"{type(module).__name__} draws random numbers, and an inner loop has none to give: {error} "
+            "Switch dropout off, by deterministic=True."
+        ) from error
     return Model(
         init=lambda key: module.init(key, x).get("params", {}),
         apply=lambda params, x: module.apply({"params": params}, x),

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from mamljax.checks import check_count
 from mamljax.devices import mean_over_devices, num_shares
 from mamljax.types import MetaLearner, Metrics, PyTree, State
 
@@ -42,8 +43,10 @@ def meta_learner(
         A meta-learner whose metrics are `loss` (mean over tasks, before the update) and `grad_norm` (of the meta-gradient).
 
     Raises:
-        ValueError: at the first update, a `chunk_size` that does not divide B.
+        ValueError: a `chunk_size` below 1; at the first update, one that does not divide B.
     """
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
     tx = optax.with_extra_args_support(tx)
 
     def init(key: Array) -> State:
@@ -74,7 +77,7 @@ def _mean_over_chunks(fn: Callable[[PyTree, PyTree], PyTree], chunk_size: int | 
     num_tasks = len(jax.tree.leaves(data)[0])
     if chunk_size is None or num_tasks <= chunk_size <= num_tasks * num_shares():
         return fn(params, data)
-    if not 1 <= chunk_size <= num_tasks or num_tasks % chunk_size:
+    if num_tasks % chunk_size:
         share = f" of each of {num_shares()} devices" if num_shares() > 1 else ""
         raise ValueError(f"chunk_size must divide the number of tasks in a meta-batch{share}, {num_tasks}, got {chunk_size}.")
     num_chunks = num_tasks // chunk_size

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
+from jax import Array, lax
+from jax.core import Tracer
 
 from mamljax.checks import check_params
 from mamljax.types import Model, PyTree
 
 Rule = float | optax.GradientTransformation  # a step size stands for gradient descent
+PROBED_STEPS = 8  # rectified Adam changes its rule within the first few
 
 
 def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.GradientTransformation:
@@ -28,11 +30,12 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
         An Optax transformation.
 
     Raises:
-        ValueError: the step size is not positive and finite; `params` holds other than floating-point leaves; the derivative
-            of the rule is not finite where an entry of the gradient is zero, as dead ReLUs have it (Adam with `eps_root=0`).
+        ValueError: the step size is not positive and finite; `params` holds other than floating-point leaves; the rule needs
+            more than gradients and parameters; its derivative is not finite, in one of its first steps, where an entry of the
+            gradient is zero, as dead ReLUs have it (Adam with `eps_root=0`).
     """
     check_params(params)
-    if isinstance(rule, numbers.Real):
+    if isinstance(rule, numbers.Real) or (isinstance(rule, Array) and not isinstance(rule, Tracer) and rule.ndim == 0):
         if not (math.isfinite(rule) and rule > 0):
             raise ValueError(f"the inner step size must be positive and finite, got {rule}. The paper uses 0.01 to 0.4.")
         return optax.sgd(rule)
@@ -40,14 +43,24 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
         raise ValueError(
             f"rule must be a step size or an Optax transformation, got {rule!r}. For a schedule pass optax.sgd(schedule)."
         )
-    if not differentiable:
-        return rule
 
     def total_update(gradient: PyTree, params: PyTree) -> Array:
-        return optax.tree.sum(rule.update(gradient, rule.init(params), params)[0])
+        def step(opt: PyTree, _: None) -> tuple[PyTree, Array]:
+            updates, opt = rule.update(gradient, opt, params)
+            return opt, optax.tree.sum(updates)
 
+        return lax.scan(step, rule.init(params), length=PROBED_STEPS)[1].sum()
+
+    if not jax.tree.leaves(params):
+        return rule
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
     gradient = jax.tree.map(_with_dead_entry, ones)
+    try:
+        jax.eval_shape(total_update, gradient, ones)
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"an inner rule gets gradients and parameters alone, and this one needs more: {error}") from error
+    if not differentiable:
+        return rule
     derivative = jax.device_get(jax.jit(jax.grad(total_update))(gradient, ones))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(derivative)):
         raise ValueError(
@@ -93,7 +106,7 @@ def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.Grad
     return Model(init, lambda params, x: model.apply(params["theta"], x)), optax.stateless(step)
 
 
-def all_but(frozen: Sequence[str], rule: Rule) -> optax.GradientTransformation:
+def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransformation:
     """Adapt all parameters but the named ones, or those of the named layers, which the outer loop alone learns.
 
     Args:
@@ -110,14 +123,16 @@ def all_but(frozen: Sequence[str], rule: Rule) -> optax.GradientTransformation:
     [0.0, 0.0]
     """
 
+    frozen = {frozen} if isinstance(frozen, str) else {*frozen}
+
     def on_path(path: tuple) -> set[str]:
         return {jax.tree_util.keystr((key,), simple=True) for key in path}
 
     def labels(params: PyTree) -> PyTree:
         known = set().union(*(on_path(path) for path, _ in jax.tree.leaves_with_path(params)))
-        if missing := sorted({*frozen} - known):
+        if missing := sorted(frozen - known):
             raise ValueError(f"no parameter and no layer is called {missing}. There are {sorted(known)}.")
-        return jax.tree.map_with_path(lambda path, _: "frozen" if on_path(path) & {*frozen} else "adapted", params)
+        return jax.tree.map_with_path(lambda path, _: "frozen" if on_path(path) & frozen else "adapted", params)
 
     adapted = as_rule(rule, {}, differentiable=False)  # whoever uses it checks its derivatives
     return optax.partition({"frozen": optax.set_to_zero(), "adapted": adapted}, labels)

@@ -97,8 +97,8 @@ def fit(
         The last and the best state, the number of meta-updates done and the time they took.
 
     Raises:
-        ValueError: a count out of range, TensorBoard without a directory, a name in `config` that is `fit`'s own, metrics that
-            are not scalars, or tasks that the devices do not divide.
+        ValueError: a count out of range, TensorBoard without a directory, a name in `config` that is `fit`'s own or a value
+            that JSON has not, metrics or a validation error that are not scalars, or tasks that the devices do not divide.
         CheckpointError: the directory cannot be used; see `Checkpoints`.
         DivergenceError: a metric or a parameter is not finite. The last good checkpoint is kept.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after saving.
@@ -133,6 +133,8 @@ def fit(
             state, metrics = programs.run(now.state, key, done, stop, sampler)
             if stop < num_updates:
                 sampler = programs.sampler_from(stop)  # while the device computes
+            if validate_fn:
+                programs.check_validation(now, validate_fn)
             line = _finite_means(metrics, take_back(state, mesh), done, stop, record.where)
             now = now._replace(state=state)
             if validate_fn and stop % validate_every == 0:
@@ -158,6 +160,7 @@ class _Programs(NamedTuple):
     sampler_from: Callable  # meta-update -> sampler of it and the next few
     run: Callable  # (state, key, start, stop, sampler) -> (state, metrics)
     validate: Callable  # (Progress, validate_fn) -> (Progress, error)
+    check_validation: Callable  # the same without a result: what is wrong with `validate_fn` should not show hours later
     best: Callable  # Progress -> state, on one device
 
 
@@ -173,11 +176,13 @@ def _compile(learner: MetaLearner, sample: SampleFn, key: Array, num_tasks: int,
 
         return call
 
+    validate = jax.jit(by_seed(_validate, (0, None)))
     return _Programs(
         start=jax.jit(by_seed(functools.partial(_start, learner))),
         sampler_from=sampler_from,
         run=on_mesh(jax.jit(run, donate_argnums=0)),
-        validate=on_mesh(jax.jit(by_seed(_validate, (0, None)))),
+        validate=on_mesh(validate),
+        check_validation=on_mesh(validate.eval_shape),
         best=jax.jit(by_seed(_best)),
     )
 
@@ -256,7 +261,9 @@ def _start(learner: MetaLearner, key: Array) -> Progress:
 
 
 def _validate(progress: Progress, validate_fn: Callable[[State], Array]) -> tuple[Progress, Array]:
-    error = validate_fn(progress.state).astype(progress.best_error.dtype)
+    error = jnp.asarray(validate_fn(progress.state), progress.best_error.dtype)
+    if error.shape != ():
+        raise ValueError(f"validate_fn must return a number for the whole state, got shape {error.shape}. Take the mean.")
     better = error < progress.best_error
     best = jax.tree.map(lambda new, old: jnp.where(better, new, old), progress.state, progress.best)
     return Progress(progress.state, best, jnp.where(better, error, progress.best_error)), error
@@ -274,7 +281,8 @@ def _check_finite(metrics: dict[str, np.ndarray], done: int, where: str) -> None
         if len(bad):
             *seed, offset = bad[bad[:, -1].argmin()]
             seeds = f" of seed number {seed[0]}" if seed else ""
-            raise DivergenceError(
-                f"{name}{seeds} became {values[(*seed, offset)]} at meta-update {done + offset + 1}{where}. "
-                "Lower the inner or the outer step size, or clip the meta-gradient."
-            )
+            update = done + offset + 1
+            remedy = "Lower the inner or the outer step size, or clip the meta-gradient."
+            if update == 1:
+                remedy = f"Look for values that are not finite in the data, and for labels that do not count from 0. {remedy}"
+            raise DivergenceError(f"{name}{seeds} became {values[(*seed, offset)]} at meta-update {update}{where}. {remedy}")

@@ -136,6 +136,14 @@ def test_any_mesh_serves():
     assert_close(train(mesh=grid).state, train().state)
 
 
+def test_a_mesh_whose_axes_are_explicit_is_refused_where_it_is_not_converted():
+    explicit = jax.make_mesh((2,), ("tasks",))
+    with jax.set_mesh(explicit), pytest.raises(ValueError, match=r"jax.set_mesh has explicit axes. Use .*task_mesh\(mesh\)"):
+        evaluate(LEARNER, LEARNER.init(KEY), SAMPLE, key=KEY, num_tasks=4)
+    with pytest.raises(ValueError, match=r"a mesh must be a jax.sharding.Mesh, got list. Build one by jax.make_mesh"):
+        train(mesh=jax.devices())
+
+
 def test_random_keys_go_there_and_back():
     mesh = task_mesh(2)
     key = take_back(place({"key": KEY}, mesh), mesh)["key"]

@@ -83,6 +83,11 @@ def test_interval_covers_the_truth_19_times_in_20():
         assert abs(coverage - 0.95) < 4 * np.sqrt(0.95 * 0.05 / 2000)
 
 
+def test_values_have_an_axis_of_seeds_and_one_of_tasks():
+    with pytest.raises(ValueError, match=r"values must be \[seeds, tasks, ...\], got shape \(3,\). For one seed"):
+        mean_and_ci95(np.ones(3))
+
+
 def test_one_value_has_no_interval():
     mean, ci95 = mean_and_ci95([[[5.0]]])
     assert mean == [5.0]

@@ -26,7 +26,7 @@ ALLOWED = {
     "rules": {"types", "checks"},
     "tasks": {"types", "checks"},
     "devices": {"types"},
-    "outer": {"types", "devices"},
+    "outer": {"types", "checks", "devices"},
     "checkpoint": FOUNDATION,
     "record": FOUNDATION | {"checkpoint"},
     "loop": {"types", "devices"},

@@ -90,6 +90,12 @@ def test_linen_module_with_state_is_refused():
         from_linen(Net(), X)
 
 
+def test_linen_module_that_draws_random_numbers_is_refused():
+    with pytest.raises(ValueError, match="Dropout draws random numbers.*Switch dropout off, by deterministic=True"):
+        from_linen(linen.Dropout(0.5, deterministic=False), X)
+    from_linen(linen.Dropout(0.5, deterministic=True), X)
+
+
 def test_nnx_module_with_state_is_refused():
     with pytest.raises(ValueError, match=r"variables of type \['BatchStat'\].*Use layers that keep none"):
         from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs))

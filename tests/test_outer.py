@@ -86,7 +86,13 @@ def test_chunks_of_tasks_give_the_same_update():
     np.testing.assert_allclose(results, [results[0]] * 5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk_size", [4, 0, -1, 12])
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.0])
+def test_chunk_size_must_be_a_count(chunk_size):
+    with pytest.raises(ValueError, match=f"chunk_size must be a whole number of at least 1, got {chunk_size}"):
+        learner_with(lambda params, task: params * task, chunk_size=chunk_size)
+
+
+@pytest.mark.parametrize("chunk_size", [4, 12])
 def test_chunk_size_must_divide_the_meta_batch(chunk_size):
     learner = learner_with(lambda params, task: params * task, chunk_size=chunk_size)
     with pytest.raises(ValueError, match=f"chunk_size must divide the number of tasks in a meta-batch, 6, got {chunk_size}"):

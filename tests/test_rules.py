@@ -27,7 +27,11 @@ def test_step_size_must_be_positive_and_finite(step_size):
         learned_step_sizes(mlp(1, (2,), 1), step_size)
 
 
-@pytest.mark.parametrize("rule", [optax.adam(0.1), optax.rmsprop(0.1, eps=0.0), optax.adamw(0.1)])
+@pytest.mark.parametrize(
+    "rule",
+    [optax.adam(0.1), optax.rmsprop(0.1, eps=0.0), optax.adamw(0.1), optax.radam(0.1, eps_root=1e-8)],
+    ids=["adam", "rmsprop", "adamw", "radam"],  # the last one in a later step
+)
 def test_rules_without_finite_meta_gradients_are_refused(rule):
     with pytest.raises(ValueError, match=r"no finite derivative where an entry of the gradient is zero.*eps_root=1e-8"):
         as_rule(rule, PARAMS, differentiable=True)
@@ -41,6 +45,19 @@ GOOD = [optax.adam(0.1, eps_root=1e-8), optax.sgd(0.1, momentum=0.9), optax.adag
 @pytest.mark.parametrize("rule", GOOD, ids=["adam", "momentum", "adagrad", "clipped"])
 def test_other_rules_pass(rule):
     assert as_rule(rule, PARAMS, differentiable=True) is rule
+
+
+@pytest.mark.parametrize("rule", [optax.polyak_sgd(), optax.lbfgs(), optax.lookahead(optax.sgd(0.1), 5, 0.5)])
+def test_rules_that_need_more_than_gradients_and_parameters_are_refused(rule):
+    for differentiable in (True, False):
+        with pytest.raises(ValueError, match="an inner rule gets gradients and parameters alone, and this one needs more"):
+            as_rule(rule, PARAMS, differentiable=differentiable)
+
+
+def test_a_number_of_any_kind_is_a_step_size():
+    for number in (1, np.float32(1.0), jnp.float32(1.0)):
+        rule = as_rule(number, PARAMS, differentiable=True)
+        assert rule.update(jnp.float32(2.0), rule.init(jnp.float32(0.0)))[0] == -2.0
 
 
 def test_a_schedule_is_not_a_rule():

@@ -80,6 +80,12 @@ def _find_classes(data_dir: Path) -> dict[str, list[Path]]:
     folders = _class_folders(data_dir)
     if set(SPLITS) <= folders.keys():
         folders = {f"{part}/{name}": path for part in SPLITS for name, path in _class_folders(folders[part]).items()}
+    elif present := [part for part in SPLITS if part in folders]:
+        missing = [part for part in SPLITS if part not in folders]
+        raise DataError(
+            f"{data_dir} holds {' and '.join(present)}, but no {' and no '.join(missing)}. Divide the class folders among all "
+            "three, or put them side by side."
+        )
     elif len(folders) < len(SPLITS):
         raise DataError(f"{data_dir} holds {len(folders)} classes. Training, validation and test need one each, at least.")
     classes = {}

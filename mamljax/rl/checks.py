@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mamljax.checks import check_count
-from mamljax.rl.environment import Environment
+from mamljax.rl.environment import Environment, Step
 from mamljax.types import Model
 
 
@@ -17,6 +17,8 @@ def check_environment(env: Environment) -> None:
     state, observation = jax.eval_shape(env.reset, key, task)
     action = jax.ShapeDtypeStruct((env.action_size,), jnp.float32)
     outcome = jax.eval_shape(env.step, key, state, action, task)
+    if not isinstance(outcome, Step):
+        raise ValueError(f"step must return Step(state, observation, reward, done), got {type(outcome).__name__}.")
     size = (env.observation_size,)
     for name, found, expected in (
         ("the observation of reset", observation, size),
@@ -28,6 +30,10 @@ def check_environment(env: Environment) -> None:
             raise ValueError(f"{name} must have shape {expected} as the environment has it, got {found.shape}.")
     if outcome.done.dtype != bool:
         raise ValueError(f"done of step must be a bool, got {outcome.done.dtype}. Compare, or use jnp.array(False).")
+    if outcome.observation.dtype != observation.dtype:
+        raise ValueError(
+            f"reset and step must return observations of one dtype, got {observation.dtype} and {outcome.observation.dtype}."
+        )
     before, after = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (state, outcome.state))
     if before != after:
         raise ValueError(f"step must keep the shapes and dtypes of the state: it got {before} and returned {after}.")

@@ -68,8 +68,9 @@ def collector(
         discounted = discounted_sums(data.rewards, data.ends, discount)
         values = linear_baseline(data.observations, data.time, discounted, data.mask)
         advantages = generalised_advantages(data.rewards, values, data.ends, discount=discount, gae_lambda=gae_lambda)
-        # A policy that is no longer finite ends all its trajectories at once, which must not count as a return of 0.
-        acted = jnp.isfinite(data.actions).all(axis=(0, 2))
+        # A policy that is no longer finite ends all its trajectories at once, as an environment may that has nothing finite to
+        # give. That must not count as a return of 0.
+        acted = jnp.isfinite(data.actions).all(axis=(0, 2)) & (data.mask > 0).any()
         returns = jnp.where(acted, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
         mean_return = jnp.where(acted.all(), jnp.sum(data.rewards) / jnp.sum(data.ends), jnp.nan)
         return Batch(data, *standardise(advantages, data.mask), returns, mean_return)

@@ -83,8 +83,8 @@ def rollout(
 
 
 def _finite(tree: PyTree) -> Array:
-    """Whether all numbers of each entry of the leading axis are finite: [E] bool."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    """Whether all numbers of each entry of the leading axis are finite, as whole numbers always are: [E] bool."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     return jnp.stack([jnp.isfinite(leaf).reshape(len(leaf), -1).all(axis=1) for leaf in leaves]).all(axis=0)
 
 

@@ -69,9 +69,11 @@ class HostEpisodes:
             classes: numbers of those to draw from, in the order of `counts`; by default all.
 
         Raises:
-            ValueError: as `episodes`.
+            ValueError: as `episodes`; or there is no such class.
         """
         self.classes = np.arange(len(images)) if classes is None else np.asarray(classes)
+        if not np.isin(self.classes, np.arange(len(images))).all():
+            raise ValueError(f"classes must lie in 0..{len(images) - 1}, got {self.classes}.")
         self.counts = np.full(len(self.classes), images.shape[1]) if counts is None else np.asarray(counts)
         self.images, self.ways, self.shots, self.per_class, self.rotations = images, ways, shots, shots + queries, rotations
         chosen = np.broadcast_to(images[:1], (len(self.classes), *images.shape[1:]))  # of the shape alone
@@ -152,9 +154,10 @@ def _checked_episodes(
 
 def _checked_counts(images: ArrayLike, counts: ArrayLike | None, *, rotations: bool) -> np.ndarray:
     """Check the images and how many there are of each class: [classes]."""
-    shape = np.shape(images)
+    images = images if hasattr(images, "dtype") else np.asarray(images)
+    shape = images.shape
     if len(shape) != 5 or images.dtype != np.uint8:
-        raise ValueError(f"images must be [classes, images, H, W, C] uint8, got {list(shape)} {images.dtype}.")
+        raise ValueError(f"images must be an array [classes, images, H, W, C] uint8, got {list(shape)} {images.dtype}.")
     if rotations and shape[2] != shape[3]:
         raise ValueError(f"rotations need square images, got {shape[2]} x {shape[3]}.")
     counts = np.full(shape[0], shape[1]) if counts is None else np.asarray(counts)

@@ -128,7 +128,15 @@ def break_empty_split(directory):
     shutil.copytree(directory / "ant", directory / "train" / "ant")
 
 
+def break_missing_split(directory):
+    for name in FLAT:
+        shutil.rmtree(directory / name)
+    for split in ("train", "test"):
+        (directory / split).mkdir()
+
+
 BREAKS = {
+    break_missing_split: r"flat holds train and test, but no val. Divide the class folders among all three",
     break_missing: r"cannot read .*flat: No such file or directory. Pass the directory of the class folders with --data-dir",
     break_no_folders: r"flat holds no class folders. Put a folder with images of each class into it, or into train, val and",
     break_two_classes: r"flat holds 2 classes. Training, validation and test need one each, at least",

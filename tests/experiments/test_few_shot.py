@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 
 import adapt
 import few_shot
@@ -219,6 +220,16 @@ def test_an_unknown_preset_is_refused(images, banks, tmp_path, capsys):
 def test_after_a_refusal_the_corrected_command_runs(images, banks, tmp_path):
     assert main(images, banks, "--out", tmp_path, "--shots", 5) == 2
     assert main(images, banks, "--out", tmp_path, "--method", "random") == 0
+
+
+def test_a_class_moved_to_another_split_is_refused(images, banks, tmp_path, capsys):
+    moved = tmp_path / "images"
+    shutil.copytree(images, moved)
+    arguments = ("--data-dir", moved, "--out", tmp_path / "run", "--steps", 10)
+    assert main(images, banks, *arguments) == 0
+    (moved / "train" / "class5").rename(moved / "val" / "class5")
+    assert main(images, banks, *arguments) == 2
+    assert "holds a run of another configuration: it has {'classes': {'train'" in capsys.readouterr().err
 
 
 def predict(finished, support, query, out, *argv):

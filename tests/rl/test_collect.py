@@ -84,6 +84,31 @@ def test_rewards_may_be_integers_or_flags():
     np.testing.assert_array_equal(collect(KEY, jnp.ones(1), task).trajectories.rewards, batch_of().trajectories.rewards > 4)
 
 
+def test_everything_may_be_integers():
+    """As in environments of cells and moves."""
+
+    def reset(key, task):
+        return jnp.int32(0), jnp.zeros(1, int)
+
+    def step(key, state, action, task):
+        state += jnp.where(action[0] > 0, 1, -1)
+        return Step(state, state[None], state, jnp.abs(state) == 3)
+
+    env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=1, action_size=2)
+    batch = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES)(KEY, jnp.ones(1), jnp.int32(0))
+    np.testing.assert_array_equal(batch.returns, 1 + 2 + 3)
+    assert not batch.trajectories.unstable.any()
+
+
+def test_rewards_that_are_never_finite_are_no_return_of_zero():
+    env = counter_env(step=broken_step(reward=jnp.float32(jnp.nan)))
+    collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES)
+    batch = collect(KEY, jnp.ones(1), env.sample_task(KEY))
+    assert jnp.isnan(batch.returns).all()
+    assert jnp.isnan(batch.mean_return)
+    assert batch.trajectories.unstable.any()
+
+
 def by_hand(starts, ends=100, breaks=100):
     """Rows of `counter_env`: observation, time, mask, ends and unstable of each step, [5, T, E]."""
     rows = []
@@ -180,10 +205,12 @@ def broken_step(**changes):
         ({"step": broken_step(observation=jnp.zeros(3))}, r"the observation of step must have shape \(1,\)"),
         ({"step": broken_step(reward=jnp.zeros(1))}, r"the reward of step must have shape \(\)"),
         ({"step": broken_step(done=jnp.float32(0))}, "done of step must be a bool, got float32"),
+        ({"step": broken_step(observation=jnp.zeros(1, int))}, "reset and step must return observations of one dtype, got"),
+        ({"step": lambda key, state, *_: (state, state, 0.0, False)}, r"step must return Step\(.*\), got tuple"),
         ({"step": broken_step(state=jnp.zeros(2))}, "step must keep the shapes and dtypes of the state"),
         ({"action_size": 0}, "action_size must be a whole number of at least 1"),
     ],
-    ids=["observation of reset", "observation", "reward", "done", "state", "action size"],
+    ids=["observation of reset", "observation", "reward", "done", "dtype", "tuple", "state", "action size"],
 )
 def test_an_environment_that_does_not_keep_its_word(changes, message):
     with pytest.raises(ValueError, match=message):

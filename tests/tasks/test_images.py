@@ -178,7 +178,9 @@ def test_bad_arguments(arguments, message):
 
 
 def test_bad_images():
-    with pytest.raises(ValueError, match=r"images must be \[classes, images, H, W, C\] uint8, got \[7, 6, 4, 4, 1\] float64"):
+    with pytest.raises(
+        ValueError, match=r"images must be an array \[classes, images, H, W, C\] uint8, got \[7, 6, 4, 4, 1\] float64"
+    ):
         episodes(BANK.astype(float), **GOOD)
     with pytest.raises(ValueError, match=r"got \[6, 4, 4, 1\] uint8"):
         episodes(BANK[0], **GOOD)
@@ -195,10 +197,13 @@ def test_episodes_read_on_the_host_are_the_same(monkeypatch):
 
     reads, read = [], HostEpisodes._read
     monkeypatch.setattr(HostEpisodes, "_read", lambda self, *index: reads.append(len(index[0])) or read(self, *index))
-    learner = maml(from_linen(FullyConnectedNet(3, (4,)), BANK[0] / 255), cross_entropy, **TRAINING)
+    network = from_linen(FullyConnectedNet(3, (4,)), BANK[0] / 255)
+    # Not Adam: it would make whole steps of the rounding of gradients that are zero, those of biases before normalisation.
+    learner = maml(network, cross_entropy, **TRAINING | {"tx": optax.sgd(0.1)})
     for key, seeds in ((KEY, 1), (jax.random.split(KEY, 2), 2)):
         run = functools.partial(fit, learner, key=key, num_updates=7, num_tasks=2, log_every=3, progress=False)
-        jax.tree.map(np.testing.assert_array_equal, run(device).state, run(host).state)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)  # two programs, which may round differently
+        jax.tree.map(close, run(device).state, run(host).state)
         assert reads == [3 * 2 * seeds] * 3
         reads.clear()
 
@@ -215,6 +220,8 @@ def test_reading_ahead_is_traced_once(monkeypatch):
 def test_host_episodes_check_their_arguments():
     with pytest.raises(ValueError, match="8-way episodes need 8 classes"):
         HostEpisodes(BANK, ways=8, shots=1, queries=1)
+    with pytest.raises(ValueError, match=r"classes must lie in 0\.\.\d+, got \[ 0 99\]"):
+        HostEpisodes(BANK, ways=2, shots=1, queries=1, classes=[0, 99])
 
 
 def test_host_episodes_come_from_the_chosen_classes():
