@@ -112,12 +112,9 @@ def fit(
     mesh = _checked_mesh(mesh, num_tasks)
     programs = _compile(learner, sample, key, num_tasks, log_every, mesh)
     validate_fn = validate_fn and place(as_argument(validate_fn), mesh)
-    decisive = {"key": jax.random.key_data(key).tolist(), "num_tasks": num_tasks}
-    if taken := sorted(decisive.keys() & config.keys()):
-        raise ValueError(f"config must not have {taken}: these are fit's own. Choose other names.")
-    decisive |= config
+    config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=num_tasks)
     with contextlib.ExitStack() as stack:
-        record = stack.enter_context(Record(directory if is_first_host() else None, decisive, tensorboard=tensorboard))
+        record = stack.enter_context(Record(directory if is_first_host() else None, config, tensorboard=tensorboard))
         interrupted = stack.enter_context(interruptions())
         done, now = from_first_host(record.restore(programs.start(key)))
         done, now, key = int(done), place(now, mesh), place(key, mesh)
@@ -223,6 +220,13 @@ def _checked_mesh(mesh: Mesh | None, num_tasks: int) -> Mesh | None:
     if mesh is not None and num_tasks % mesh.size:
         raise ValueError(f"num_tasks must be a multiple of the number of devices, {mesh.size}, got {num_tasks}.")
     return mesh
+
+
+def _whole_config(config: Mapping[str, Any], **own: Any) -> dict[str, Any]:
+    """All that decides how a run goes: what the caller says does, and what `fit` knows itself."""
+    if taken := sorted(own.keys() & config.keys()):
+        raise ValueError(f"config must not have {taken}: these are fit's own. Choose other names.")
+    return {**own, **config}
 
 
 def _check_done(done: int, num_updates: int, directory: str | Path | None) -> None:

@@ -1,4 +1,7 @@
-"""One battery for every learner of the library: a new method is one more row of the table."""
+"""One battery for every learner of tasks like those of regression: a new method is one more row of the table.
+
+Those of reinforcement learning have theirs in `rl/test_maml_rl.py`, the classifiers of many classes in `baselines/`.
+"""
 
 import functools
 import inspect

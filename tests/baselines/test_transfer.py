@@ -49,6 +49,26 @@ def test_training_learns_the_classes_of_the_bank(name):
     assert losses[1] < 0.5 * losses[0]
 
 
+@pytest.mark.parametrize("name", LEARNERS)
+def test_updates_keep_the_state_as_it_is_and_are_traced_once(name):
+    learner, traces = LEARNERS[name], []
+
+    @jax.jit
+    def update(key, state, tasks):
+        traces.append("update")
+        return learner.update(key, state, tasks)
+
+    def signature(state):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), state)
+
+    state = start = learner.init(KEY)
+    for seed in range(2):
+        state, metrics = update(KEY, state, jax.vmap(TRAIN)(jax.random.split(jax.random.key(seed), 2)))
+        assert signature(state) == signature(start)
+        assert all(value.shape == () and jnp.isfinite(value) for value in metrics.values())
+    assert traces == ["update"]
+
+
 def test_fine_tuning_adapts_a_new_head_to_classes_never_seen():
     learner = LEARNERS["fine_tuning"]
     state = trained(learner)
