@@ -4,13 +4,14 @@ Those of reinforcement learning have theirs in `rl/test_maml_rl.py`, the classif
 """
 
 import functools
-import inspect
 
+import battery
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from battery import KEY, equal
 
 from mamljax.baselines.pretrain import pretrain
 from mamljax.checkpoint import Checkpoints
@@ -19,9 +20,7 @@ from mamljax.maml import maml
 from mamljax.models import mlp
 from mamljax.rules import learned_step_sizes
 from mamljax.tasks.sinusoid import sinusoid
-from mamljax.types import MetaLearner
 
-KEY = jax.random.key(0)
 MODEL = mlp(1, (8, 8), 1)
 METRICS = {"absolute": lambda outputs, y: jnp.abs(outputs - y).mean(), "mean_output": lambda outputs, y: outputs.mean()}
 TRAINING = {"tx": optax.adam(1e-2), "metric_fns": METRICS}
@@ -49,50 +48,26 @@ LEARNERS = {  # name: (learner, adaptation steps in evaluation)
 
 @pytest.fixture(params=LEARNERS, scope="module")
 def case(request):
-    """A learner, its number of steps, and its update and evaluation compiled, with a count of their traces."""
+    """A learner with its update compiled, its number of steps, and its evaluation compiled."""
     learner, num_steps = LEARNERS[request.param]
-    traces = []
-
-    def update(key, state, tasks):
-        traces.append("update")
-        return learner.update(key, state, tasks)
-
-    return learner, num_steps, jax.jit(update), jax.jit(learner.evaluate), traces
+    return battery.compiled(learner), num_steps, jax.jit(learner.evaluate)
 
 
 def tasks_from(seed, num_tasks=4):
     return jax.vmap(SAMPLE)(jax.random.split(jax.random.key(seed), num_tasks))
 
 
-def signature(tree):
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
-
-
-def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
 def test_is_three_functions_with_the_same_arguments(case):
-    learner = case[0]
-    assert isinstance(learner, MetaLearner)
-    names = [list(inspect.signature(function).parameters) for function in learner]
-    assert names == [["key"], ["key", "state", "tasks"], ["key", "state", "task"]]
+    battery.check_arguments(case[0].learner)
 
 
 def test_updates_keep_the_state_as_it_is_and_are_traced_once(case):
-    learner, _, update, _, traces = case
-    state = start = learner.init(KEY)
-    for seed in range(3):
-        state, metrics = update(jax.random.key(seed), state, tasks_from(seed))
-        assert signature(state) == signature(start)
+    for metrics in battery.check_updates(case[0], map(tasks_from, range(3))):
         assert {"loss", "grad_norm"} <= metrics.keys()
-        assert all(value.shape == () and jnp.isfinite(value) for value in metrics.values())
-    assert traces == ["update"]
-    assert not equal(state.params, start.params)
 
 
 def test_same_key_same_result(case):
-    learner, _, update, _, _ = case
+    learner, update, _ = case[0]
     assert equal(learner.init(KEY), learner.init(KEY))
     first, second = (update(KEY, learner.init(KEY), tasks_from(0)) for _ in range(2))
     assert equal(first, second)
@@ -100,7 +75,7 @@ def test_same_key_same_result(case):
 
 
 def test_order_of_tasks_does_not_matter(case):
-    learner, _, update, _, _ = case
+    learner, update, _ = case[0]
     tasks = tasks_from(0)
     one = update(KEY, learner.init(KEY), tasks)[1]
     other = update(KEY, learner.init(KEY), jax.tree.map(lambda leaf: leaf[::-1], tasks))[1]
@@ -109,7 +84,7 @@ def test_order_of_tasks_does_not_matter(case):
 
 def test_loss_is_the_mean_of_the_losses_of_single_tasks(case):
     """So no task takes part in another one's adaptation."""
-    learner, _, update, _, _ = case
+    learner, update, _ = case[0]
     tasks = tasks_from(0)
     singles = [
         update(KEY, learner.init(KEY), jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], tasks))[1]["loss"] for i in range(4)
@@ -119,7 +94,7 @@ def test_loss_is_the_mean_of_the_losses_of_single_tasks(case):
 
 
 def test_evaluation_has_a_number_for_each_step(case):
-    learner, num_steps, _, evaluate, _ = case
+    (learner, *_), num_steps, evaluate = case
     metrics = evaluate(KEY, learner.init(KEY), SAMPLE(KEY))
     assert metrics.keys() == {"loss", "absolute", "mean_output"}
     for values in metrics.values():
@@ -130,7 +105,7 @@ def test_evaluation_has_a_number_for_each_step(case):
 
 
 def test_evaluation_before_adaptation_is_that_of_the_network(case):
-    learner, _, _, evaluate, _ = case
+    (learner, *_), _, evaluate = case
     state, task = learner.init(KEY), SAMPLE(KEY)
     params = state.params["theta"] if "theta" in state.params else state.params
     outputs = MODEL.apply(params, task.query.x)
@@ -140,7 +115,7 @@ def test_evaluation_before_adaptation_is_that_of_the_network(case):
 
 
 def test_adaptation_sees_the_support_labels_and_not_those_of_the_query_set(case):
-    learner, num_steps, _, evaluate, _ = case
+    (learner, *_), num_steps, evaluate = case
     state, task = learner.init(KEY), SAMPLE(KEY)
     outputs = evaluate(KEY, state, task)["mean_output"]
     other_query = evaluate(KEY, state, task._replace(query=task.query._replace(y=task.query.y + 1.0)))
@@ -151,7 +126,7 @@ def test_adaptation_sees_the_support_labels_and_not_those_of_the_query_set(case)
 
 
 def test_survives_a_checkpoint(case, tmp_path):
-    learner, _, update, _, _ = case
+    learner, update, _ = case[0]
     state, _ = update(KEY, learner.init(KEY), tasks_from(0))
     Checkpoints(tmp_path, {}).save(1, state)
     step, restored = Checkpoints(tmp_path, {}).restore(jax.eval_shape(learner.init, KEY))
@@ -162,7 +137,7 @@ def test_survives_a_checkpoint(case, tmp_path):
 
 
 def test_every_loss_of_a_learner_is_checked_for_malformed_tasks(case):
-    learner = case[0]
+    learner = case[0].learner
     tasks = tasks_from(0)
     broken = tasks._replace(support=tasks.support._replace(y=tasks.support.y[:, :-1]))
     with pytest.raises(ValueError, match="x and y of the support set must have one length"):

@@ -1,14 +1,15 @@
 """The reinforcement learning methods: one battery for all, exact derivatives, and an environment that they must solve."""
 
 import functools
-import inspect
 import re
 
+import battery
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from battery import KEY, equal
 
 from mamljax.checkpoint import Checkpoints
 from mamljax.devices import on, place, task_mesh
@@ -18,9 +19,8 @@ from mamljax.rl.environment import Environment, Step
 from mamljax.rl.maml_rl import act, collect_and_adapt, divergence, maml_rl, reinforce_loss, surrogate_loss
 from mamljax.rl.observed import with_task_observed
 from mamljax.rl.trpo import TrustRegionState, hessian_vector_product, trpo
-from mamljax.types import MetaLearner, Model
+from mamljax.types import Model
 
-KEY = jax.random.key(0)
 MAX_KL = 0.02
 
 
@@ -62,15 +62,9 @@ LEARNERS = {  # name: (learner, adaptation steps in evaluation)
 
 @functools.cache
 def compiled(name):
-    """A learner, its number of steps, and its update and evaluation compiled, with a count of their traces."""
+    """A learner with its update compiled, its number of steps, and its evaluation of several tasks compiled."""
     learner, num_steps = LEARNERS[name]
-    traces = []
-
-    def update(key, state, tasks):
-        traces.append("update")
-        return learner.update(key, state, tasks)
-
-    return learner, num_steps, jax.jit(update), jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None, 0))), traces
+    return battery.compiled(learner), num_steps, jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None, 0)))
 
 
 @pytest.fixture(params=LEARNERS)
@@ -82,36 +76,18 @@ def tasks_from(seed, num_tasks=6):
     return jax.vmap(target_env().sample_task)(jax.random.split(jax.random.key(seed), num_tasks))
 
 
-def signature(tree):
-    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), tree)
-
-
-def equal(a, b):
-    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
 def test_is_three_functions_with_the_same_arguments(case):
-    learner = case[0]
-    assert isinstance(learner, MetaLearner)
-    names = [list(inspect.signature(function).parameters) for function in learner]
-    assert names == [["key"], ["key", "state", "tasks"], ["key", "state", "task"]]
+    battery.check_arguments(case[0].learner)
 
 
 def test_updates_keep_the_state_as_it_is_and_are_traced_once(case):
-    learner, _, update, _, traces = case
-    state = start = learner.init(KEY)
-    for seed in range(3):
-        state, metrics = update(jax.random.key(seed), state, tasks_from(seed))
-        assert signature(state) == signature(start)
+    for metrics in battery.check_updates(case[0], map(tasks_from, range(3))):
         assert metrics.keys() == {"return_before", "return_after", "surrogate", "kl", "grad_norm", "unstable"}
-        assert all(value.shape == () and jnp.isfinite(value) for value in metrics.values())
         assert metrics["unstable"] == 0
-    assert traces == ["update"]
-    assert not equal(state.params, start.params)
 
 
 def test_same_key_same_result_and_survives_a_checkpoint(case, tmp_path):
-    learner, _, update, _, _ = case
+    learner, update, _ = case[0]
     state, metrics = update(KEY, learner.init(KEY), tasks_from(0))
     assert equal((state, metrics), update(KEY, learner.init(KEY), tasks_from(0)))
     assert not equal(state.params, update(jax.random.key(1), learner.init(KEY), tasks_from(0))[0].params)
@@ -121,7 +97,7 @@ def test_same_key_same_result_and_survives_a_checkpoint(case, tmp_path):
 
 
 def test_evaluation_has_a_number_for_each_step(case):
-    learner, num_steps, _, evaluate, _ = case
+    (learner, *_), num_steps, evaluate = case
     metrics = evaluate(jax.random.split(KEY, 6), learner.init(KEY), tasks_from(0))
     assert metrics.keys() == {"return", "return_of_first", "unstable"}
     assert all(values.shape == (6, num_steps + 1) and jnp.isfinite(values).all() for values in metrics.values())
@@ -131,7 +107,7 @@ def test_evaluation_has_a_number_for_each_step(case):
 
 @pytest.mark.parametrize("name", ["maml by trpo", "oracle"])
 def test_trpo_keeps_to_the_bound_and_improves_the_surrogate(name):
-    learner, _, update, _, _ = compiled(name)
+    learner, update, _ = compiled(name)[0]
     state, taken = learner.init(KEY), 0
     for seed in range(10):
         state, metrics = update(jax.random.key(seed), state, tasks_from(seed))
@@ -150,10 +126,10 @@ def test_what_the_line_search_found_is_not_computed_again():
     assert metrics["kl"] == 7
 
 
-def test_of_a_trpo_in_a_chain_it_is_computed():
-    known = compiled("maml by trpo")
+    learner, update, _ = compiled("maml by trpo")[0]
+    known, *_ = compiled("maml by trpo")
     chained = MAML(inner_steps=1, tx=optax.chain(trpo(MAX_KL, damping=1e-3)))
-    state, metrics = known[2](KEY, known[0].init(KEY), tasks_from(0))
+    state, metrics = update(KEY, learner.init(KEY), tasks_from(0))
     other, found = jax.jit(chained.update)(KEY, chained.init(KEY), tasks_from(0))
     assert state.opt.kl > 0
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), other.params, state.params)
@@ -164,7 +140,7 @@ def test_of_a_trpo_in_a_chain_it_is_computed():
 @pytest.mark.slow
 def test_a_trivial_environment_is_solved_by_one_step():
     """A policy that knows nothing gets -1 a step and minus its variance; 9 in 10 of that is gone after one step."""
-    learner, _, update, evaluate, _ = compiled("maml by trpo")
+    (learner, update, _), _, evaluate = compiled("maml by trpo")
     state = learner.init(KEY)
     for seed in range(150):
         state, _ = update(jax.random.key(seed), state, tasks_from(seed))
@@ -196,7 +172,7 @@ class Spy:
 
 def test_devices_share_the_tasks():
     """As on one device, up to rounding, which the line search may only make smaller than its steps."""
-    learner, _, update, *_ = compiled("maml by trpo")
+    learner, update, _ = compiled("maml by trpo")[0]
     tasks = jax.vmap(target_env().sample_task)(jax.random.split(KEY, 4))
     alone, metrics = update(KEY, learner.init(KEY), tasks)
     mesh = task_mesh(2)
