@@ -60,7 +60,10 @@ def mlp(params: Params, x: Tensor) -> Tensor:
 
 def _normalised(params: Params, block: int, x: Tensor, **keywords: int) -> Tensor:
     x = functional.conv2d(x, params[f"Conv3x3_{block}/kernel"], params[f"Conv3x3_{block}/bias"], **keywords)
-    return functional.batch_norm(x, None, None, bias=params[f"BatchStatNorm_{block}/shift"], training=True, eps=1e-3)
+    shift = params[f"BatchStatNorm_{block}/shift"]
+    # On CUDA the second backward pass fails without a weight: "tensor does not have a device".
+    scale = torch.ones_like(shift) if x.is_cuda else None
+    return functional.batch_norm(x, None, None, scale, shift, training=True, eps=1e-3)
 
 
 def _linear(params: Params, layer: int, x: Tensor) -> Tensor:
