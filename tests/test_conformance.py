@@ -142,3 +142,9 @@ def test_every_loss_of_a_learner_is_checked_for_malformed_tasks(case):
     broken = tasks._replace(support=tasks.support._replace(y=tasks.support.y[:, :-1]))
     with pytest.raises(ValueError, match="x and y of the support set must have one length"):
         learner.update(KEY, learner.init(KEY), broken)
+
+
+def test_no_metric_takes_the_name_of_the_loss():
+    learner = MAML(rule=0.01, metric_fns={"loss": mse})
+    with pytest.raises(ValueError, match='metric_fns must not have "loss"'):
+        learner.evaluate(KEY, learner.init(KEY), SAMPLE(KEY))
