@@ -110,26 +110,26 @@ def from_linen(module: linen.Module, x: Array) -> Model:
         A model whose params are the module's "params" collection, a nested dict of arrays.
 
     Raises:
-        ValueError: the module has other collections (running averages of `BatchNorm`, for example), or draws random numbers.
+        ValueError: the module has other collections (running averages of `BatchNorm`, for example); where it is applied, it
+            draws random numbers (dropout).
     """
-    variables = jax.eval_shape(module.init, jax.random.key(0), x)
-    collections = set(variables) - {"params"}
+    collections = set(jax.eval_shape(module.init, jax.random.key(0), x)) - {"params"}
     if collections:
         raise ValueError(
             f"{type(module).__name__} keeps state in {sorted(collections)}, which an inner loop under vmap cannot update. "
             "Use layers that keep none: LayerNorm, GroupNorm, or batch statistics computed anew from each batch."
         )
-    try:
-        jax.eval_shape(module.apply, variables, x)
-    except InvalidRngError as error:
-        raise ValueError(
-            f"{type(module).__name__} draws random numbers, and an inner loop has none to give: {error} "
-            "Switch dropout off, by deterministic=True."
-        ) from error
-    return Model(
-        init=lambda key: module.init(key, x).get("params", {}),
-        apply=lambda params, x: module.apply({"params": params}, x),
-    )
+
+    def apply(params: PyTree, x: Array) -> Array:
+        try:
+            return module.apply({"params": params}, x)
+        except InvalidRngError as error:
+            raise ValueError(
+                f"{type(module).__name__} draws random numbers, and an inner loop has none to give: {error} "
+                "Switch dropout off, by deterministic=True."
+            ) from error
+
+    return Model(lambda key: module.init(key, x).get("params", {}), apply)
 
 
 def from_nnx(build: "Callable[[nnx.Rngs], nnx.Module]") -> Model:

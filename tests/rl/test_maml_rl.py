@@ -126,8 +126,8 @@ def test_what_the_line_search_found_is_not_computed_again():
     assert metrics["kl"] == 7
 
 
+def test_of_a_trpo_in_a_chain_it_is_computed():
     learner, update, _ = compiled("maml by trpo")[0]
-    known, *_ = compiled("maml by trpo")
     chained = MAML(inner_steps=1, tx=optax.chain(trpo(MAX_KL, damping=1e-3)))
     state, metrics = update(KEY, learner.init(KEY), tasks_from(0))
     other, found = jax.jit(chained.update)(KEY, chained.init(KEY), tasks_from(0))
