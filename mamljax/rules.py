@@ -56,12 +56,12 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
     gradient = jax.tree.map(_with_dead_entry, ones)
     try:
-        jax.eval_shape(total_update, gradient, ones)
+        if not differentiable:
+            jax.eval_shape(total_update, gradient, ones)
+            return rule
+        derivative = jax.device_get(jax.jit(jax.grad(total_update))(gradient, ones))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"an inner rule gets gradients and parameters alone, and this one needs more: {error}") from error
-    if not differentiable:
-        return rule
-    derivative = jax.device_get(jax.jit(jax.grad(total_update))(gradient, ones))
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(derivative)):
         raise ValueError(
             "the inner rule has no finite derivative where an entry of the gradient is zero, so meta-gradients would be NaN. "
