@@ -80,7 +80,7 @@ def execute(options: Options, run: runner.Run) -> None:
             published={} if published is None else {options.test_steps if len(mean) > 1 else 0: published},
             source=SOURCE,
             note=f"step size {lr:g}" if method in TUNED else "",
-            **run.effort(method),
+            **run.effort(method, best=True),
         )
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
     results = run.write(rows)

@@ -129,7 +129,7 @@ def run_methods(
         if num_updates > 0 or method == "random":  # else time ran out before
             lr = tuned_lr(options, env, states) if method in TUNED else options.inner_lr
             metrics = measure(options, env, states, lr, oracle=method == "oracle", seed=TEST_SEED)
-            effort = run.effort(method)
+            effort = run.effort(method, best=True)
             trained[method] = Trained(states, effort, lr, *(np.asarray(metrics[name]) for name in METRICS))
     fields = {"setting": setting, "protocol": protocol, "source": source, "tasks": options.eval_tasks}
     results = run.write(rows_of(trained, published, **fields))

@@ -31,6 +31,7 @@ from mamljax.checks import check_count
 from mamljax.data.bank import DataError
 from mamljax.devices import is_first_host, on, task_mesh
 from mamljax.files import write_atomically
+from mamljax.record import best_update
 from mamljax.train import DivergenceError, Result, fit
 from mamljax.types import MetaLearner
 
@@ -136,11 +137,12 @@ class Run:
         """Where the checkpoints and the log of a method lie."""
         return self.options.out / "checkpoints" / method
 
-    def effort(self, method: str) -> dict[str, Any]:
-        """What went into a method, as fields of `report.Row`."""
+    def effort(self, method: str, *, best: bool = False) -> dict[str, Any]:
+        """What went into a method, of which the last or the best state was measured, as fields of `report.Row`."""
         result = self.results.get(method)
         updates, seconds = (result.num_updates, round(result.seconds, 1)) if result else (0, None)
-        return {"seeds": self.options.seeds, "meta_updates": updates, "seconds": seconds}
+        chosen = best_update(self.directory(method)) if best and self.options.seeds == 1 else None  # others differ by seed
+        return {"seeds": self.options.seeds, "meta_updates": updates, "seconds": seconds, "best_update": chosen}
 
     def write(self, rows: Sequence[report.Row]) -> Mapping[str, Any]:
         """Write `results.json` and `report.md`, show the tables, and say how to go on if time ran out."""

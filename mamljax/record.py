@@ -112,6 +112,12 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return lines
 
 
+def best_update(directory: Path) -> int | None:
+    """After which meta-update the validation error of a run was least; None if there is no finite one."""
+    lines = [line for line in read_metrics(directory / "metrics.jsonl") if line.get("validation_error") is not None]
+    return min(lines, key=lambda line: line["validation_error"])["update"] if lines else None
+
+
 def _summary_writer(directory: Path, *, purge_step: int) -> Any:
     try:
         from tensorboardX import SummaryWriter

@@ -43,6 +43,7 @@ class Row(NamedTuple):
     source: str = ""
     note: str = ""
     seconds: float | None = None  # of training, validation included, all seeds together
+    best_update: int | None = None  # where it is the state of the best validation that was measured, and not the last
 
 
 class ResultsError(Exception):
@@ -142,11 +143,8 @@ def markdown(results: Mapping[str, Any]) -> str:
     """Tables of a results file in Markdown: one for each setting and metric, methods down, adaptation steps across."""
     env = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    lines = [
-        f"# {results['experiment']}",
-        "",
-        f"{env['device']}; {versions}; commit {env['git'] or 'unknown'}; {results['seconds']:.0f} s of training.",
-    ]
+    effort = f"commit {env['git'] or 'unknown'}; {results['seconds']:.0f} s of training."
+    lines = [f"# {results['experiment']}", "", f"{env['device']}; {versions}; {effort}"]
     for setting, metric in dict.fromkeys((row.setting, row.metric) for row in results["rows"]):
         rows = [row for row in results["rows"] if (row.setting, row.metric) == (setting, metric)]
         lines += ["", f"## {setting}: {metric} by number of adaptation steps", "", *_table(rows)]
@@ -173,7 +171,8 @@ def cell(row: Row) -> str:
 def trained_for(row: Row) -> str:
     """How far the training went that a number is of, as tables have it."""
     seconds = "" if row.seconds is None else f", {row.seconds:,.0f} s"
-    return f"{row.meta_updates:,} meta-updates, {_plural(row.seeds, 'seed')}{seconds}"
+    best = "" if row.best_update in (None, row.meta_updates) else f" (best at {row.best_update:,})"
+    return f"{row.meta_updates:,} meta-updates{best}, {_plural(row.seeds, 'seed')}{seconds}"
 
 
 def learning_curves(results: Mapping[str, Any], path: Path) -> None:

@@ -84,6 +84,12 @@ def test_a_table_tells_the_time_of_training():
     assert "| 70,000 meta-updates, 2 seeds, 1,234 s |" in markdown(results)
 
 
+@pytest.mark.parametrize(("best", "text"), [(None, ""), (60_000, " (best at 60,000)"), (70_000, "")])
+def test_when_the_best_state_was(best, text):
+    row = Row("maml", **FIELDS, step=0, mean=1.0, ci95=0.1, best_update=best)
+    assert report.trained_for(row) == f"70,000 meta-updates{text}, 2 seeds"
+
+
 def test_long_tables_show_the_ends_and_what_was_published():
     rows = rows_over_steps(np.arange(11.0), np.ones(11), published={5: 1.0}, source=SOURCE, method="maml", **FIELDS)
     results = {"experiment": "x", "environment": {"device": "", "versions": {}, "git": ""}, "seconds": 1.0, "rows": rows}

@@ -112,6 +112,8 @@ def test_writes_what_it_promises(finished):
     assert rows["fine_tuning", 1].note in ("step size 0.1", "step size 0.5")
     lines = read_metrics(finished / "checkpoints" / "maml" / "metrics.jsonl")
     assert [line["update"] for line in lines] == [10, 20]
+    assert rows["maml", 0].best_update == min(lines, key=lambda line: line["validation_error"])["update"]
+    assert rows["random", 0].best_update is None
     assert all(0 <= line["validation_error"] <= 1 for line in lines)
 
 
