@@ -44,6 +44,7 @@ def test_the_schema(path):
     assert results["rows"][1] == {
         "method": "maml", "setting": "5-shot", "protocol": "paper", "metric": "mse", "step": 1, "mean": 0.5, "ci95": 0.05,
         "tasks": 600, "seeds": 2, "meta_updates": 70_000, "published": 0.67, "source": SOURCE, "note": "", "seconds": None,
+        "best_update": None,
     }  # fmt: skip
 
 
