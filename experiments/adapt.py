@@ -78,9 +78,8 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
 
     jax.config.update("jax_default_matmul_precision", run.precision)
     image = jnp.zeros(few_shot.image_shape(run))
-    data = few_shot.Data(
-        image, run.ways, checksum="", parts={}, train=None, val=None, test=None, labelled=None
-    )  # it learns no more
+    nothing = dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled"))  # it learns no more
+    data = few_shot.Data(image, run.ways, **nothing)
     learner = few_shot.build_learner(options.method, run, data, eval_steps=steps, rule=lr)
     states = read_best(learner, options.checkpoint / "checkpoints" / options.method)
     params = jax.tree.map(lambda leaf: leaf[0], states.params)

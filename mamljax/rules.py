@@ -43,6 +43,8 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
         raise ValueError(
             f"rule must be a step size or an Optax transformation, got {rule!r}. For a schedule pass optax.sgd(schedule)."
         )
+    if not jax.tree.leaves(params):
+        return rule
 
     def total_update(gradient: PyTree, params: PyTree) -> Array:
         def step(opt: PyTree, _: None) -> tuple[PyTree, Array]:
@@ -51,8 +53,6 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
 
         return lax.scan(step, rule.init(params), length=PROBED_STEPS)[1].sum()
 
-    if not jax.tree.leaves(params):
-        return rule
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
     gradient = jax.tree.map(_with_dead_entry, ones)
     try:
@@ -122,7 +122,6 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
     >>> rule.update(params, rule.init(params), params)[0]["Norm_0"]["shift"].tolist()
     [0.0, 0.0]
     """
-
     frozen = {frozen} if isinstance(frozen, str) else {*frozen}
 
     def on_path(path: tuple) -> set[str]:

@@ -128,8 +128,9 @@ def fit(
         while done < num_updates and not any_host(interrupted.is_set() or time.monotonic() - started >= max_seconds):
             stop = min(num_updates, *(done + n - done % n for n in every))
             state, metrics = programs.run(now.state, key, done, stop, sampler)
+            # While the device computes:
             if stop < num_updates:
-                sampler = programs.sampler_from(stop)  # while the device computes
+                sampler = programs.sampler_from(stop)
             if validate_fn:
                 programs.check_validation(now, validate_fn)
             line = _finite_means(metrics, take_back(state, mesh), done, stop, record.where)

@@ -7,7 +7,8 @@ What one test compiled, the next one and the scripts that tests start read from 
 import os
 import tempfile
 
-# A third of the time that programs take to compile otherwise, to which most of the suite's time goes.
+# Programs compile in a fraction of the usual time, to which most of the suite's time goes; those that differ in length may
+# round differently.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes --xla_cpu_use_fusion_emitters=false"
