@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
+from few_shot_data import Data
+from few_shot_presets import image_shape
 
 from mamljax.checkpoint import CheckpointError, read_config
 from mamljax.checks import check_count
@@ -77,9 +79,9 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     support = Examples(load([file for of_class in files for file in of_class], run), labels)
 
     jax.config.update("jax_default_matmul_precision", run.precision)
-    image = jnp.zeros(few_shot.image_shape(run))
+    image = jnp.zeros(image_shape(run))
     nothing = dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled"))  # it learns no more
-    data = few_shot.Data(image, run.ways, **nothing)
+    data = Data(image, run.ways, **nothing)
     learner = few_shot.build_learner(options.method, run, data, eval_steps=steps, rule=lr)
     states = read_best(learner, options.checkpoint / "checkpoints" / options.method)
     params = jax.tree.map(lambda leaf: leaf[0], states.params)
@@ -125,7 +127,7 @@ def images_in(directory: Path) -> list[Path]:
 
 def load(files: Sequence[Path], run: few_shot.Options) -> jax.Array:
     """Read images as the network was trained on them: [n, H, W, C] float32 in [0, 1]."""
-    _, size, _, channels = few_shot.image_shape(run)
+    _, size, _, channels = image_shape(run)
     images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files])
     return jnp.asarray((255 - images if run.dataset == "omniglot" else images) / 255, jnp.float32)
 

@@ -5,30 +5,41 @@ never saw, after 0 to 10 steps of gradient descent on their labelled images.
 """
 
 import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import runner
-from few_shot_presets import PRESETS, PUBLISHED, SOURCE, Method, Options, cell, eval_queries, eval_tasks, image_shape
+from few_shot_data import Data, load
+from few_shot_presets import (
+    PRESETS,
+    PUBLISHED,
+    SOURCE,
+    SOURCES,
+    TRANSFER,
+    Method,
+    Options,
+    cell,
+    check_features,
+    eval_tasks,
+)
 from jax import Array
 from jax.tree_util import Partial
 
 from mamljax import image_models, models, report
+from mamljax.baselines.metric_learning import matching, prototypical, siamese
 from mamljax.baselines.pretrain import pretrain
 from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
-from mamljax.data.bank import Bank, images_of
-from mamljax.data.folders import image_folders, split_folders
-from mamljax.data.miniimagenet import miniimagenet
-from mamljax.data.omniglot import omniglot, split_omniglot
 from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import fine_tune, maml
+from mamljax.record import read_metrics
 from mamljax.rules import Rule, all_but
-from mamljax.tasks.images import HostEpisodes, episodes, inductive, labelled
+from mamljax.train import read_best
 from mamljax.types import MetaLearner, Model, PyTree, SampleFn, State, Task, as_argument
 
 if TYPE_CHECKING:
@@ -39,22 +50,10 @@ VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tuning is tuned
 
 
-class Data(NamedTuple):
-    """The samplers of a data set."""
-
-    image: Array  # [1, H, W, C] zeros, for its shape
-    num_classes: int  # in training
-    checksum: str  # of all images
-    parts: dict[str, list[str]]  # the names of the classes of each split
-    train: SampleFn  # episodes
-    val: SampleFn
-    test: SampleFn
-    labelled: SampleFn | None  # batches of training images labelled by their class, if a method needs them
-
-
 def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
     jax.config.update("jax_default_matmul_precision", options.precision)
+    check_features(options)
     data = load(options)
     run.config["bank"] = data.checksum
     rows, trained = [], {}
@@ -78,9 +77,9 @@ def execute(options: Options, run: runner.Run) -> None:
             metric="accuracy in %",
             tasks=eval_tasks(options),
             published={} if published is None else {options.test_steps if len(mean) > 1 else 0: published},
-            source=SOURCE,
-            note=f"step size {lr:g}" if method in TUNED else "",
-            **run.effort(method, best=True),
+            source=SOURCES.get(method, SOURCE),
+            note=", ".join(notes(method, options, lr)),
+            **run.effort(method, best=True) | {"meta_updates": num_updates},
         )
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
     results = run.write(rows)
@@ -89,63 +88,6 @@ def execute(options: Options, run: runner.Run) -> None:
     for method in ("maml", "fomaml"):
         if method in trained:
             draw_episodes(options, data, *trained[method], options.out / f"episodes_{method}.png")
-
-
-def load(options: Options) -> Data:
-    """Open the images of `--dataset` and build the samplers of its three splits."""
-    if options.dataset == "omniglot":
-        bank = omniglot(options.data_dir, options.cache_dir)
-        split = split_omniglot(bank.names, options.split)
-    elif options.dataset == "miniimagenet":
-        bank = miniimagenet(options.data_dir, options.cache_dir)
-        split = split_folders(bank.names)
-    else:
-        if options.data_dir is None:
-            raise ValueError("--dataset folder needs --data-dir, a folder of class folders or of train/, val/ and test/.")
-        bank = image_folders(options.data_dir, options.cache_dir, size=options.image_size, channels=options.channels)
-        split = split_folders(bank.names)
-    rotations = options.dataset == "omniglot"
-    shared = {"ways": options.ways, "shots": options.shots, "rotations": rotations}
-
-    def sampler(part: str, queries: int) -> SampleFn:
-        classes = split[part]
-        check_images(bank, classes, options.shots + queries, part)
-        arguments = shared | {"queries": queries, "counts": bank.counts[classes]}
-        try:
-            if options.images_on == "host":
-                sample = HostEpisodes(bank.images, classes=classes, **arguments)
-            else:
-                sample = episodes(images_of(bank, classes), **arguments)
-        except ValueError as error:
-            raise ValueError(f"the {part} split of {options.dataset}: {error}") from error
-        return inductive(sample) if options.statistics == "inductive" else sample
-
-    classifier_sample = None
-    if {"fine_tuning", "nearest_neighbour"} & set(options.method):
-        number = options.ways * (options.shots + options.queries)
-        counts = bank.counts[split["train"]]
-        classifier_sample = labelled(images_of(bank, split["train"]), number=number, rotations=rotations, counts=counts)
-    return Data(
-        image=jnp.zeros(image_shape(options)),
-        num_classes=len(split["train"]),
-        checksum=bank.checksum,
-        parts={part: [bank.names[number] for number in numbers] for part, numbers in split.items()},
-        train=sampler("train", options.queries),
-        val=sampler("val", eval_queries(options)),
-        test=sampler("test", eval_queries(options)),
-        labelled=classifier_sample,
-    )
-
-
-def check_images(bank: Bank, classes: np.ndarray, needed: int, part: str) -> None:
-    """Every class of a split has as many images as an episode takes of it."""
-    few = {bank.names[number]: int(bank.counts[number]) for number in classes if bank.counts[number] < needed}
-    if few:
-        raise ValueError(
-            f"episodes of the {part} split need {needed} images of each class, support and query images together, but some "
-            f"have fewer: {', '.join(f'{name} {count}' for name, count in list(few.items())[:5])}{', ...' * (len(few) > 5)}. "
-            "Add images to them, leave them out, or lower --shots or --queries."
-        )
 
 
 def build_network(options: Options, image: Array, ways: int | None) -> Model:
@@ -164,23 +106,30 @@ def build_network(options: Options, image: Array, ways: int | None) -> Model:
 
 
 def build_learner(method: Method, options: Options, data: Data, *, eval_steps: int, rule: Rule) -> MetaLearner:
-    """Build the learner of a method, with a rule of adaptation for all parameters but those of normalisation."""
+    """Build the learner of a method, which adapts all parameters but those of normalisation, if any, by the rule."""
     tx = optax.adam(options.meta_lr)
     tx = tx if options.clip is None else optax.chain(optax.clip(options.clip), tx)
     shared = {"tx": tx, "metric_fns": {"accuracy": accuracy}, "chunk_size": runner.tasks_at_a_time(options)}
     adaptation = {"rule": all_but(NORM_PARAMETERS[options.norm], rule), "eval_steps": eval_steps}
-    if method in ("fine_tuning", "nearest_neighbour"):
-        features = build_network(options, data.image, None)
-        shared |= {"num_classes": data.num_classes, "ways": options.ways}
-        if method == "nearest_neighbour":
-            return nearest_neighbour(features, data.image, cross_entropy, **shared)
-        return fine_tuning(features, data.image, cross_entropy, **adaptation, **shared)
-    network = build_network(options, data.image, options.ways)
-    if method in ("maml", "fomaml"):
-        differentiation = "first_order" if method == "fomaml" else options.differentiation
-        adaptation |= {"inner_steps": options.inner_steps, "differentiation": differentiation}
-        return maml(network, cross_entropy, **adaptation, **shared)
-    return pretrain(network, cross_entropy, **adaptation, **shared)
+    classifier = {"num_classes": data.num_classes, "ways": options.ways}
+    features, network = (build_network(options, data.image, ways) for ways in (None, options.ways))
+    match method:
+        case "maml" | "fomaml":
+            differentiation = "first_order" if method == "fomaml" else options.differentiation
+            adaptation |= {"inner_steps": options.inner_steps, "differentiation": differentiation}
+            return maml(network, cross_entropy, **adaptation, **shared)
+        case "pretrained" | "random":
+            return pretrain(network, cross_entropy, **adaptation, **shared)
+        case "fine_tuning":
+            return fine_tuning(features, data.image, cross_entropy, **classifier, **adaptation, **shared)
+        case "nearest_neighbour":
+            return nearest_neighbour(features, data.image, cross_entropy, **classifier, **shared)
+        case "matching":
+            return matching(features, cross_entropy, ways=options.ways, **shared)
+        case "siamese":
+            return siamese(features, data.image, cross_entropy, ways=options.ways, **shared)
+        case "prototypical":
+            return prototypical(features, cross_entropy, ways=options.ways, **shared)
 
 
 def train(method: Method, options: Options, data: Data, run: runner.Run) -> tuple[State, int]:
@@ -189,6 +138,12 @@ def train(method: Method, options: Options, data: Data, run: runner.Run) -> tupl
     learner = build_learner(method, options, data, eval_steps=options.test_steps, rule=lr)
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
+    if options.features is not None:
+        classifier = read_best(build_learner("nearest_neighbour", options, data, eval_steps=1, rule=lr), options.features)
+        if method in TRANSFER:
+            return classifier, updates_of(options.features)
+        features = jax.tree.map(lambda leaf: leaf[0], classifier.params["features"])
+        learner = learner._replace(init=functools.partial(begin_with, features, learner.init))
 
     def validation_error(sample: SampleFn, state: State) -> Array:
         key = jax.random.key(VALIDATION_SEED)
@@ -196,12 +151,31 @@ def train(method: Method, options: Options, data: Data, run: runner.Run) -> tupl
         scores = evaluate(learner, state, sample, key=key, **sizes)
         return 1 - scores["accuracy"][:, -1].mean()
 
-    sample = data.labelled if method in ("fine_tuning", "nearest_neighbour") else data.train
+    sample = data.labelled if method in TRANSFER else data.train
     config = {"bank": data.checksum}
     if options.dataset == "folder":  # the others have class lists of their own
         config["classes"] = data.parts
     result = run.train(method, learner, sample, validate_fn=Partial(validation_error, as_argument(data.val)), config=config)
     return result.best, result.num_updates
+
+
+def begin_with(features: PyTree, init: Callable[[Array], State], key: Array) -> State:
+    """The first state of a network that has these features; what they have not, its output layer, is zero."""
+    state = init(key)
+    return state._replace(params=jax.tree.map(jnp.zeros_like, state.params) | features)
+
+
+def notes(method: Method, options: Options, lr: float) -> Iterator[str]:
+    """What a row of the results says beside the method's name."""
+    if options.features is not None:
+        yield f"features of {updates_of(options.features):,} updates"
+    if method in TUNED:
+        yield f"step size {lr:g}"
+
+
+def updates_of(directory: Path) -> int:
+    """For how many updates a run was trained."""
+    return read_metrics(directory / "metrics.jsonl")[-1]["update"]
 
 
 def accuracies(learner: MetaLearner, states: State, sample: SampleFn, *, num_tasks: int, batch_size: int, seed: int) -> Array:

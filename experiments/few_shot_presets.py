@@ -9,6 +9,7 @@ import runner
 from mamljax.data.omniglot import Split
 
 SOURCE = "Finn et al. 2017, table 1"
+SOURCES = {"prototypical": "Snell et al. 2017, tables 1 and 2"}  # of methods that are not in that table
 PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("omniglot", "strided_conv", 5, 1, "maml"): 98.7,
     ("omniglot", "strided_conv", 5, 5, "maml"): 99.9,
@@ -24,12 +25,33 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("miniimagenet", "pooled_conv", 5, 5, "fine_tuning"): 49.79,
     ("miniimagenet", "pooled_conv", 5, 1, "nearest_neighbour"): 41.08,
     ("miniimagenet", "pooled_conv", 5, 5, "nearest_neighbour"): 51.04,
+    ("omniglot", "strided_conv", 5, 1, "matching"): 98.1,
+    ("omniglot", "strided_conv", 5, 5, "matching"): 98.9,
+    ("omniglot", "strided_conv", 20, 1, "matching"): 93.8,
+    ("omniglot", "strided_conv", 20, 5, "matching"): 98.5,
+    ("miniimagenet", "pooled_conv", 5, 1, "matching"): 43.56,
+    ("miniimagenet", "pooled_conv", 5, 5, "matching"): 55.31,
+    ("omniglot", "strided_conv", 5, 1, "siamese"): 97.3,
+    ("omniglot", "strided_conv", 5, 5, "siamese"): 98.4,
+    ("omniglot", "strided_conv", 20, 1, "siamese"): 88.2,
+    ("omniglot", "strided_conv", 20, 5, "siamese"): 97.0,
+    ("omniglot", "strided_conv", 5, 1, "prototypical"): 98.8,
+    ("omniglot", "strided_conv", 5, 5, "prototypical"): 99.7,
+    ("omniglot", "strided_conv", 20, 1, "prototypical"): 96.0,
+    ("omniglot", "strided_conv", 20, 5, "prototypical"): 98.9,
+    ("miniimagenet", "pooled_conv", 5, 1, "prototypical"): 49.42,
+    ("miniimagenet", "pooled_conv", 5, 5, "prototypical"): 68.20,
 }
 Preset = Literal[
     *("omniglot-5w1s", "omniglot-5w5s", "omniglot-20w1s", "omniglot-20w5s", "omniglot-5w1s-fc", "omniglot-5w5s-fc"),
     *("miniimagenet-5w1s", "miniimagenet-5w5s"),
 ]
-Method = Literal["maml", "fomaml", "pretrained", "random", "fine_tuning", "nearest_neighbour"]
+Method = Literal[
+    *("maml", "fomaml", "pretrained", "random", "fine_tuning", "nearest_neighbour"),
+    *("matching", "siamese", "prototypical"),
+]
+
+TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +62,8 @@ class Options(runner.Options):
     """Values for all options below and above, one preset for each cell of the paper's table."""
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, one network for all episodes, an untrained one; and a classifier
-    over all training classes, with its output layer renewed and everything fine-tuned, or its features compared."""
+    over all training classes, with its output layer renewed and everything fine-tuned, or its features compared. Matching,
+    siamese and prototypical networks learn from episodes to compare."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -103,6 +126,10 @@ class Options(runner.Options):
     meta-batch."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Arithmetic of products, where the device has others than float32; parameters are always float32."""
+    features: Path | None = None
+    """Features to begin with: those of a classifier that nearest_neighbour or fine_tuning trained, in OUT/checkpoints/METHOD of
+    their run with the same network. MAML goes on from there, with an output layer of zeros; the two themselves are evaluated
+    with them and train none."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy after the training; the
     first also serves for validation during it."""
@@ -163,3 +190,11 @@ def eval_queries(options: Options) -> int:
 def eval_tasks(options: Options) -> int:
     """Test episodes."""
     return options.eval_tasks or (600 if options.protocol == "paper" else 6000)
+
+
+def check_features(options: Options) -> None:
+    """`--features` is given only to what can use them."""
+    others = set(options.method) - {"maml", "fomaml", *TRANSFER}
+    if options.features is not None and (others or options.seeds > 1):
+        given = f"--method {' '.join(sorted(others))}" if others else f"--seeds {options.seeds}"
+        raise ValueError(f"--features are for maml, fomaml, fine_tuning and nearest_neighbour with one seed, got {given}.")

@@ -169,3 +169,27 @@ def from_nnx(build: "Callable[[nnx.Rngs], nnx.Module]") -> Model:
         return nnx.merge(graph, state)(x)
 
     return Model(init, apply)
+
+
+def with_linear_head(features: Model, x: Array, outputs: int) -> Model:
+    """Put a linear layer on features; the params are a dict of "features" and "head".
+
+    Args:
+        features: [n, ...] -> [n, d].
+        x: [n, ...] an example input, for its shape and dtype only.
+        outputs: of the linear layer.
+    """
+    check_count("outputs", outputs)
+    shapes = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0))
+    if shapes.ndim != 2:
+        raise ValueError(f"features must be [n, d], got {list(shapes.shape)}. Flatten them.")
+
+    def init(key: Array) -> PyTree:
+        body_key, head_key = jax.random.split(key)
+        kernel = linen.initializers.lecun_normal()(head_key, (shapes.shape[1], outputs))
+        return {"features": features.init(body_key), "head": {"kernel": kernel, "bias": jnp.zeros((1, outputs))}}
+
+    def apply(params: PyTree, x: Array) -> Array:
+        return features.apply(params["features"], x) @ params["head"]["kernel"] + params["head"]["bias"]
+
+    return Model(init, apply)

@@ -9,8 +9,8 @@ from flax import linen, nnx
 
 from mamljax.losses import mse
 from mamljax.maml import maml
-from mamljax.models import from_linen, from_nnx, mlp
-from mamljax.types import Examples, Task
+from mamljax.models import from_linen, from_nnx, mlp, with_linear_head
+from mamljax.types import Examples, Model, Task
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (6, 3))
@@ -99,3 +99,8 @@ def test_linen_module_that_draws_random_numbers_is_refused():
 def test_nnx_module_with_state_is_refused():
     with pytest.raises(ValueError, match=r"variables of type \['BatchStat'\].*Use layers that keep none"):
         from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs))
+
+
+def test_head_needs_flat_features():
+    with pytest.raises(ValueError, match=r"features must be \[n, d\], got \[1, 4, 4, 1\]. Flatten them"):
+        with_linear_head(Model(lambda key: {}, lambda params, x: x), jnp.zeros((1, 4, 4, 1)), 3)

@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import Array
 
+from mamljax.baselines.metric_learning import cosine_similarity, evaluation, largest_of_class
 from mamljax.baselines.pretrain import pretrain
-from mamljax.checks import check_count, check_task
+from mamljax.checks import check_count
 from mamljax.maml import learning_curve
+from mamljax.models import with_linear_head
 from mamljax.rules import Rule, as_rule
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
@@ -80,39 +81,12 @@ def nearest_neighbour(
     """
     check_count("ways", ways)
 
-    def evaluate(key: Array, state: State, task: Task) -> Metrics:
-        check_task(task)
-        support, query = (_unit(features.apply(state.params["features"], examples.x)) for examples in task)
-        of_class = task.support.y[None] == jnp.arange(ways)[:, None]  # [N, N * K]
-        logits = jnp.where(of_class[None], (query @ support.T)[:, None], -jnp.inf).max(axis=-1)
-        named = {"loss": loss_fn, **metric_fns}
-        return {name: fn(logits, task.query.y)[None] for name, fn in named.items()}
+    def compare(params: PyTree, task: Task) -> Array:
+        support, query = (features.apply(params["features"], examples.x) for examples in task)
+        return largest_of_class(cosine_similarity(query, support), task.support.y, ways)
 
+    evaluate = evaluation(compare, loss_fn, metric_fns)
     return _classifier(features, x, loss_fn, num_classes, tx, chunk_size)._replace(evaluate=evaluate)
-
-
-def with_linear_head(features: Model, x: Array, outputs: int) -> Model:
-    """Put a linear layer on features; the params are a dict of "features" and "head".
-
-    Args:
-        features: [n, ...] -> [n, d].
-        x: [n, ...] an example input, for its shape and dtype only.
-        outputs: of the linear layer.
-    """
-    check_count("outputs", outputs)
-    shapes = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0))
-    if shapes.ndim != 2:
-        raise ValueError(f"features must be [n, d], got {list(shapes.shape)}. Flatten them.")
-
-    def init(key: Array) -> PyTree:
-        body_key, head_key = jax.random.split(key)
-        kernel = jax.nn.initializers.lecun_normal()(head_key, (shapes.shape[1], outputs))
-        return {"features": features.init(body_key), "head": {"kernel": kernel, "bias": jnp.zeros((1, outputs))}}
-
-    def apply(params: PyTree, x: Array) -> Array:
-        return features.apply(params["features"], x) @ params["head"]["kernel"] + params["head"]["bias"]
-
-    return Model(init, apply)
 
 
 def _classifier(
@@ -120,7 +94,3 @@ def _classifier(
 ) -> MetaLearner:
     model = with_linear_head(features, x, num_classes)
     return pretrain(model, loss_fn, rule=1.0, eval_steps=0, tx=tx, chunk_size=chunk_size)  # nothing is fine-tuned here
-
-
-def _unit(vectors: Array) -> Array:
-    return vectors / (jnp.linalg.norm(vectors, axis=1, keepdims=True) + 1e-12)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from mamljax.baselines.transfer import fine_tuning, nearest_neighbour, with_linear_head
+from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.tasks.images import episodes, labelled
 from mamljax.types import Examples, Model, Task
@@ -104,11 +104,6 @@ def test_labelled_images_are_turned_one_by_one():
     x = labelled(bank, number=4000, rotations=True)(KEY).support.x[..., 0]
     counts = np.asarray((x == 1.0).sum(0)).ravel()
     assert np.abs(counts - 1000).max() < 4.5 * np.sqrt(4000 * 3 / 16)
-
-
-def test_head_needs_flat_features():
-    with pytest.raises(ValueError, match=r"features must be \[n, d\], got \[1, 4, 4, 1\]. Flatten them"):
-        with_linear_head(Model(lambda key: {}, lambda params, x: x), X, 3)
 
 
 @pytest.mark.parametrize("name", ["ways", "num_classes"])

@@ -4,6 +4,7 @@ import sys
 import time
 
 import few_shot
+import few_shot_presets
 import numpy as np
 import peers
 import problems
@@ -53,7 +54,7 @@ def test_problems_are_those_of_the_experiments():
         else:
             assert (problem.network, problem.width) == (options.network, options.filters)
             assert (problem.ways, problem.chunk_size) == (options.ways, runner.tasks_at_a_time(options))
-            assert (1, *problem.image) == few_shot.image_shape(options)
+            assert (1, *problem.image) == few_shot_presets.image_shape(options)
 
 
 def test_options_change_the_problem():

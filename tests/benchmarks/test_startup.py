@@ -3,11 +3,13 @@
 import os
 import sys
 
-import few_shot
 import pytest
 import startup
 
 from mamljax import report
+from mamljax.data.folders import split_folders
+from mamljax.data.miniimagenet import miniimagenet
+from mamljax.data.omniglot import omniglot
 
 STAND_IN = """
 import pathlib, sys, time
@@ -70,10 +72,10 @@ def test_random_banks_are_what_the_experiments_open(tmp_path):
     startup.make_bank("omniglot-5w1s", tmp_path, images=1)
     startup.make_bank("miniimagenet-5w1s", tmp_path, images=1)
     startup.make_bank("sinusoid", tmp_path, images=1)
-    bank = few_shot.omniglot(None, tmp_path)
+    bank = omniglot(None, tmp_path)
     assert bank.images.shape == (1623, 20, 28, 28, 1)
-    bank = few_shot.miniimagenet(None, tmp_path)
-    assert {part: len(classes) for part, classes in few_shot.split_folders(bank.names).items()} == {
+    bank = miniimagenet(None, tmp_path)
+    assert {part: len(classes) for part, classes in split_folders(bank.names).items()} == {
         "train": 64,
         "val": 16,
         "test": 20,

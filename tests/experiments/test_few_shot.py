@@ -8,14 +8,18 @@ import shutil
 import adapt
 import few_shot
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runner
+from few_shot_data import Data
+from few_shot_presets import eval_queries, image_shape
 from PIL import Image
 
 from mamljax import report
 from mamljax.checkpoint import claim_directory
 from mamljax.record import read_metrics
+from mamljax.train import read_best
 
 TINY = [
     "--dataset",
@@ -56,7 +60,8 @@ TINY = [
     "0.1",
     "0.5",
 ]
-METHODS = ("maml", "random", "fine_tuning", "nearest_neighbour")
+COMPARING = ("nearest_neighbour", "matching", "siamese", "prototypical")
+METHODS = ("maml", "random", "fine_tuning", *COMPARING)
 
 
 def draw_class(rng):
@@ -105,8 +110,8 @@ def test_writes_what_it_promises(finished):
     for name in figures:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
     rows = {(row.method, row.step): row for row in report.read_results(finished / "results.json")["rows"]}
-    adapting = set(METHODS) - {"nearest_neighbour"}
-    assert rows.keys() == {(method, step) for method in adapting for step in range(5)} | {("nearest_neighbour", 0)}
+    adapting = set(METHODS) - set(COMPARING)
+    assert rows.keys() == {(method, step) for method in adapting for step in range(5)} | {(name, 0) for name in COMPARING}
     assert all(0 <= row.mean <= 100 and row.tasks == 4 and row.published is None for row in rows.values())
     assert {method: rows[method, 0].meta_updates for method in METHODS} == dict.fromkeys(METHODS, 20) | {"random": 0}
     assert rows["fine_tuning", 1].note in ("step size 0.1", "step size 0.5")
@@ -128,6 +133,33 @@ def test_published_numbers_stand_beside_the_step_they_are_of(images, banks, tmp_
     rows = report.read_results(tmp_path / "results.json")["rows"]
     beside = {(row.method, row.step): row.published for row in rows if row.published is not None}
     assert beside == {("random", 2): 33.3, ("nearest_neighbour", 0): 44.4}
+
+
+def test_features_of_a_classifier_are_what_it_begins_with(finished, images, banks, tmp_path):
+    """MAML's first weights are these and zeros; the comparison of the features themselves is that of the classifier's run."""
+    trained = finished / "checkpoints" / "nearest_neighbour"
+    options = ("--features", trained, "--method", "maml", "fine_tuning", "nearest_neighbour")
+    assert main(images, banks, "--out", tmp_path, "--meta-lr", 1e-9, *options) == 0
+    rows, old = (
+        {(row.method, row.step): row for row in report.read_results(run / "results.json")["rows"]}
+        for run in (tmp_path, finished)
+    )
+    assert rows["nearest_neighbour", 0].mean == old["nearest_neighbour", 0].mean
+    assert {rows[method, 0].meta_updates for method in ("maml", "fine_tuning", "nearest_neighbour")} == {20}
+    assert rows["maml", 0].note == "features of 20 updates"
+    assert rows["fine_tuning", 0].note.startswith("features of 20 updates, step size ")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"maml"}
+    run = adapt.read_options(tmp_path)
+    data = Data(jnp.zeros(image_shape(run)), 6, **dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled")))
+
+    def params(method, directory):
+        learner = few_shot.build_learner(method, run, data, eval_steps=1, rule=0.1)
+        return jax.tree.map(lambda leaf: leaf[0], read_best(learner, directory).params)
+
+    features, began = params("nearest_neighbour", trained)["features"], params("maml", tmp_path / "checkpoints" / "maml")
+    expected = jax.tree.map(jnp.zeros_like, began) | features
+    assert began.keys() - features.keys() == {"Dense_4"}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), began, expected)
 
 
 def test_resumed_run_is_the_undisturbed_one(finished, images, banks, tmp_path):
@@ -160,6 +192,9 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         ),
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
+        (["--features", "nowhere"], "nowhere holds no training run"),
+        (["--features", "nowhere", "--method", "random"], "--features are for maml, fomaml, fine_tuning and nearest_neighbour"),
+        (["--features", "nowhere", "--seeds", 2], "with one seed, got --seeds 2."),
         (["--filters", 0], "--filters must be a whole number of at least 1"),
     ],
 )
@@ -191,7 +226,7 @@ def test_presets_state_the_settings_of_the_paper():
     }
     assert all(p.out.name == name and p.steps == 60_000 for name, p in presets.items())
     for p in presets.values():
-        assert few_shot.eval_queries(p) == p.shots
+        assert eval_queries(p) == p.shots
         assert ("omniglot" not in p.preset) or p.queries == p.shots
 
 

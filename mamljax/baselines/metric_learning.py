@@ -1,0 +1,173 @@
+"""Metric learning: features in which examples of one class lie near each other, compared instead of adapted.
+
+Matching and siamese networks are in the paper's table 1, prototypical ones came after it. The support and the query set go
+through the network together, so that one that normalises by the examples at hand sees both alike.
+"""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mamljax.checks import check_count, check_task
+from mamljax.models import with_linear_head
+from mamljax.outer import meta_learner
+from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
+
+Compare = Callable[[PyTree, Task], Array]  # (params, task) -> logits [n, N] of the query set
+
+
+def matching(
+    features: Model,
+    loss_fn: LossFn,
+    *,
+    ways: int,
+    tx: optax.GradientTransformation,
+    metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
+) -> MetaLearner:
+    r"""Matching networks (Vinyals et al. 2016, arXiv 1606.04080), without their context embeddings.
+
+    A query example has the classes of the support set with probability $p(y | x) = \sum_{i: y_i = y} a(x, x_i)$, where the
+    attention $a$ is the softmax over the support set of the cosine similarity of features.
+
+    Args:
+        features: [n, ...] -> [n, d].
+        loss_fn: (logits, labels) -> scalar, the mean over examples.
+        ways: N, classes of a task.
+        tx: the outer optimiser.
+        metric_fns: further (logits, labels) -> scalar to report in evaluation, by name.
+        chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
+
+    Returns:
+        A meta-learner of `Task(support, query)` whose `evaluate` returns the `loss` and the metrics on the query set, each [1].
+
+    Raises:
+        ValueError: `ways` below 1; at the first update, a malformed task.
+    """
+    check_count("ways", ways)
+
+    def compare(params: PyTree, task: Task) -> Array:
+        similarity = cosine_similarity(*_features_of(features, params, task))
+        probabilities = jax.nn.softmax(similarity) @ jax.nn.one_hot(task.support.y, ways)
+        return jnp.log(probabilities)
+
+    return _learner(features.init, _loss_of(compare, loss_fn), compare, loss_fn, tx, metric_fns, chunk_size)
+
+
+def prototypical(
+    features: Model,
+    loss_fn: LossFn,
+    *,
+    ways: int,
+    tx: optax.GradientTransformation,
+    metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
+) -> MetaLearner:
+    r"""Prototypical networks (Snell et al. 2017, arXiv 1703.05175, algorithm 1).
+
+    The logit of a class is $-\|f(x) - c\|^2$, with $c$ the mean of the features of its support examples. Arguments, errors and
+    what is returned are those of `matching`.
+    """
+    check_count("ways", ways)
+
+    def compare(params: PyTree, task: Task) -> Array:
+        query, support = _features_of(features, params, task)
+        members = jax.nn.one_hot(task.support.y, ways, axis=0)  # [N, N * K]
+        prototypes = members @ support / members.sum(1, keepdims=True)
+        return -((query[:, None] - prototypes[None]) ** 2).sum(-1)
+
+    return _learner(features.init, _loss_of(compare, loss_fn), compare, loss_fn, tx, metric_fns, chunk_size)
+
+
+def siamese(
+    features: Model,
+    x: Array,
+    loss_fn: LossFn,
+    *,
+    ways: int,
+    tx: optax.GradientTransformation,
+    metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
+) -> MetaLearner:
+    r"""Siamese networks (Koch et al. 2015, section 3.1): are two examples of one class?
+
+    The logit of that is $\sum_j \alpha_j |f_j(x) - f_j(x')| + \beta$, with learned $\alpha$ and $\beta$. It learns from all
+    pairs of a query and a support example, by the binary cross-entropy in which pairs of one class and of two count half each.
+    In evaluation, the logit of a class is the largest with one of its support examples. Arguments, errors and what is returned
+    are those of `matching`.
+
+    Args:
+        x: [n, ...] an example input, for its shape and dtype only.
+    """
+    check_count("ways", ways)
+    model = with_linear_head(features, x, 1)
+
+    def pairs(params: PyTree, task: Task) -> Array:
+        """The logits of all pairs, [n, N * K]."""
+        query, support = _features_of(features, params["features"], task)
+        head = params["head"]
+        return jnp.abs(query[:, None] - support[None]) @ head["kernel"][:, 0] + head["bias"][0, 0]
+
+    def task_loss(params: PyTree, task: Task) -> Array:
+        check_task(task)
+        alike = task.query.y[:, None] == task.support.y[None]
+        counted = task.query.y[:, None] >= 0
+        losses = optax.losses.sigmoid_binary_cross_entropy(pairs(params, task), alike)
+        return (losses.mean(where=counted & alike) + losses.mean(where=counted & ~alike)) / 2
+
+    def compare(params: PyTree, task: Task) -> Array:
+        return largest_of_class(pairs(params, task), task.support.y, ways)
+
+    return _learner(model.init, task_loss, compare, loss_fn, tx, metric_fns, chunk_size)
+
+
+def cosine_similarity(a: Array, b: Array) -> Array:
+    """The cosine of the angles between vectors [n, d] and [m, d]: [n, m]."""
+    a, b = (vectors / jnp.sqrt((vectors**2).sum(1, keepdims=True) + 1e-12) for vectors in (a, b))
+    return a @ b.T
+
+
+def largest_of_class(similarity: Array, labels: Array, ways: int) -> Array:
+    """The largest of the similarities [n, m] with the examples of each class: [n, N], for their labels [m]."""
+    of_class = labels[None] == jnp.arange(ways)[:, None]
+    return jnp.where(of_class[None], similarity[:, None], -jnp.inf).max(-1)
+
+
+def evaluation(compare: Compare, loss_fn: LossFn, metric_fns: Mapping[str, LossFn]) -> Callable:
+    """The `evaluate` of a meta-learner that compares: the loss and the metrics on the query set, each [1]."""
+
+    def evaluate(key: Array, state: State, task: Task) -> Metrics:
+        check_task(task)
+        logits = compare(state.params, task)
+        return {name: fn(logits, task.query.y)[None] for name, fn in {"loss": loss_fn, **metric_fns}.items()}
+
+    return evaluate
+
+
+def _learner(
+    init: Callable[[Array], PyTree],
+    task_loss: Callable[[PyTree, Task], Array],
+    compare: Compare,
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    metric_fns: Mapping[str, LossFn],
+    chunk_size: int | None,
+) -> MetaLearner:
+    return meta_learner(init, task_loss, evaluation(compare, loss_fn, metric_fns), tx=tx, chunk_size=chunk_size)
+
+
+def _loss_of(compare: Compare, loss_fn: LossFn) -> Callable[[PyTree, Task], Array]:
+    def task_loss(params: PyTree, task: Task) -> Array:
+        check_task(task)
+        return loss_fn(compare(params, task), task.query.y)
+
+    return task_loss
+
+
+def _features_of(features: Model, params: PyTree, task: Task) -> tuple[Array, Array]:
+    """The features of the query set [n, d] and of the support set [N * K, d]."""
+    vectors = features.apply(params, jnp.concatenate([task.support.x, task.query.x]))
+    return vectors[len(task.support.x) :], vectors[: len(task.support.x)]

@@ -1,0 +1,123 @@
+"""Methods that compare features: matching, prototypical and siamese networks."""
+
+import battery
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from battery import KEY
+
+from mamljax.baselines.metric_learning import matching, prototypical, siamese
+from mamljax.losses import accuracy, cross_entropy
+from mamljax.tasks.images import episodes, inductive
+from mamljax.types import Examples, Model, Task
+
+FEATURES = Model(
+    init=lambda key: {"kernel": jax.random.normal(key, (16, 8)) / 4},
+    apply=lambda params, x: x.reshape(len(x), -1) @ params["kernel"],
+)
+IDENTITY = Model(lambda key: {"none": jnp.zeros(())}, lambda params, x: x)
+# Classes differ in their first two pixels, which the others drown at first.
+RNG = np.random.default_rng(0)
+BANK = RNG.integers(0, 255, (12, 20, 4, 4, 1)).astype(np.uint8)
+BANK[..., 0, :2, 0] = RNG.integers(0, 255, (12, 1, 2))
+TRAIN, TEST = (episodes(part, ways=3, shots=2, queries=4) for part in (BANK[:8], BANK[8:]))
+SHARED = {"ways": 3, "tx": optax.adam(0.03), "metric_fns": {"accuracy": accuracy}}
+LEARNERS = {
+    "matching": matching(FEATURES, cross_entropy, **SHARED),
+    "prototypical": prototypical(FEATURES, cross_entropy, **SHARED),
+    "siamese": siamese(FEATURES, jnp.zeros((1, 4, 4, 1)), cross_entropy, **SHARED),
+}
+
+
+@pytest.fixture(params=LEARNERS)
+def learner(request):
+    return LEARNERS[request.param]
+
+
+def tasks_from(seed, num_tasks=4, sample=TRAIN):
+    return jax.vmap(sample)(jax.random.split(jax.random.key(seed), num_tasks))
+
+
+def mean_accuracy(learner, state):
+    evaluate = jax.jit(jax.vmap(learner.evaluate, in_axes=(None, None, 0)))
+    scores = evaluate(KEY, state, tasks_from(5, 200, TEST))["accuracy"]
+    assert scores.shape == (200, 1)
+    return scores.mean()
+
+
+def test_learns_features_that_tell_classes_never_seen_apart(learner):
+    def body(t, state):
+        tasks = jax.vmap(TRAIN)(jax.random.split(jax.random.fold_in(KEY, t), 4))
+        return learner.update(KEY, state, tasks)[0]
+
+    start = learner.init(KEY)
+    state = jax.jit(lambda state: jax.lax.fori_loop(0, 200, body, state))(start)
+    before, after = mean_accuracy(learner, start), mean_accuracy(learner, state)
+    assert before < 0.65
+    assert after > before + 0.15
+
+
+def test_updates_keep_the_state_as_it_is_and_are_traced_once(learner):
+    battery.check_arguments(learner)
+    for metrics in battery.check_updates(battery.compiled(learner), map(tasks_from, range(2))):
+        assert metrics.keys() == {"loss", "grad_norm"}
+
+
+def test_order_of_the_support_set_does_not_matter(learner):
+    state, task = learner.init(KEY), TRAIN(KEY)
+    turned = task._replace(support=jax.tree.map(lambda leaf: leaf[::-1], task.support))
+    one, other = (learner.evaluate(KEY, state, task) for task in (task, turned))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, other)
+    one, other = (learner.update(KEY, state, jax.tree.map(lambda leaf: leaf[None], task))[1]["loss"] for task in (task, turned))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_unlabelled_queries_do_not_count(learner):
+    """As those are that inductive episodes begin with."""
+    state = learner.init(KEY)
+    one, other = (learner.evaluate(KEY, state, sample(KEY)) for sample in (TRAIN, inductive(TRAIN)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), one, other)
+    one, other = (learner.update(KEY, state, tasks_from(0, sample=sample))[1]["loss"] for sample in (TRAIN, inductive(TRAIN)))
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+SUPPORT = Examples(jnp.array([[1.0, 0.0], [0.0, 2.0], [3.0, 3.0], [1.0, 1.0]]), jnp.array([0, 1, 2, 2]))
+
+
+@pytest.mark.parametrize(
+    ("build", "expected"),
+    [
+        # Cosines with (1, 0): 1, 0, and 0.5 ** 0.5 twice.
+        (matching, np.log([np.e, 1, 2 * np.exp(0.5**0.5)] / (np.e + 1 + 2 * np.exp(0.5**0.5)))),
+        # Prototypes (1, 0), (0, 2), (2, 2).
+        (prototypical, [-1.0, -8.0, -4.0]),
+    ],
+)
+def test_logits_by_hand(build, expected):
+    expected = jnp.asarray(expected)
+    learner = build(IDENTITY, lambda logits, labels: jnp.abs(logits[0] - expected).max(), **SHARED)
+    query = Examples(jnp.array([[2.0, 0.0]]), jnp.array([0]))
+    np.testing.assert_allclose(learner.evaluate(KEY, learner.init(KEY), Task(SUPPORT, query))["loss"], [0.0], atol=1e-6)
+
+
+def test_siamese_logits_and_loss_by_hand():
+    expected = jnp.array([-1.0 + 0.5, -2.0 - 4.0 + 0.5, -1.0 - 2.0 + 0.5])  # of class 2 with (1, 1), the nearer one
+    learner = siamese(IDENTITY, jnp.zeros((1, 2)), lambda logits, labels: jnp.abs(logits[0] - expected).max(), **SHARED)
+    state = learner.init(KEY)
+    head = {"kernel": jnp.array([[-1.0], [-2.0]]), "bias": jnp.full((1, 1), 0.5)}
+    state = state._replace(params=state.params | {"head": head})
+    task = Task(SUPPORT, Examples(jnp.array([[2.0, 0.0]]), jnp.array([2])))
+    np.testing.assert_allclose(learner.evaluate(KEY, state, task)["loss"], [0.0], atol=1e-6)
+    alike = [-1.0 - 6.0 + 0.5, -1.0 - 2.0 + 0.5]
+    unlike = [-0.5, -5.5]
+    loss = (np.log1p(np.exp(-np.array(alike))).mean() + np.log1p(np.exp(unlike)).mean()) / 2
+    metrics = learner.update(KEY, state, jax.tree.map(lambda leaf: leaf[None], task))[1]
+    np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+
+
+def test_counts_are_checked():
+    for build in (matching, prototypical):
+        with pytest.raises(ValueError, match="ways must be a whole number of at least 1, got 0"):
+            build(FEATURES, cross_entropy, **SHARED | {"ways": 0})
