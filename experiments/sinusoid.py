@@ -1,4 +1,4 @@
-"""Sinusoid regression: figures 2, 3 and 6 of Finn et al. 2017, and most of its table 2. `python experiments/sinusoid.py`
+"""Sinusoid regression: figures 2, 3 and 6 of Finn et al. 2017, and its table 2. `python experiments/sinusoid.py`
 
 Each method trains one network on curves y = A sin(x - phase), each seen at a few points, and is judged on new curves after
 0 to 10 steps of gradient descent on 5, 10 or 20 points.
@@ -17,6 +17,7 @@ import runner
 from jax import Array
 
 from mamljax import report
+from mamljax.baselines.multi_task import multi_task, no_penalty, squared_distance, squared_norm
 from mamljax.baselines.pretrain import pretrain
 from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import mse
@@ -29,22 +30,28 @@ SOURCE = "Finn et al. 2017, table 2"
 PUBLISHED = {  # mean squared error, 5-shot, by number of adaptation steps
     "maml": {1: 0.67, 5: 0.38, 10: 0.35},
     "pretrained": {1: 2.41, 5: 2.23, 10: 2.19},
+    "multi_task": {1: 4.19, 5: 3.85, 10: 3.69},
+    "multi_task_norm": {1: 7.18, 5: 5.69, 10: 5.60},
+    "multi_task_mean": {1: 2.91, 5: 2.72, 10: 2.71},
 }
+PENALTIES = {"multi_task": no_penalty, "multi_task_norm": squared_norm, "multi_task_mean": squared_distance}
 KERNEL_INITS = {"corrected": jax.nn.initializers.lecun_normal(), "paper": jax.nn.initializers.truncated_normal(0.01)}
-TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
+TUNED = ("pretrained", "random", *PENALTIES)  # their step size of fine-tuning is tuned
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
-Method = Literal["maml", "fomaml", "pretrained", "oracle", "random"]
+Method = Literal[*("maml", "fomaml", "pretrained", "oracle", "random"), *("multi_task", "multi_task_norm", "multi_task_mean")]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(runner.Options):
     """Sinusoid regression, by default as in the paper (section 5.1) and its code, but for the first weights (--protocol)."""
 
-    preset: Literal["paper", "quick"] = "paper"
-    """Values for all options below and above: paper, or quick for a first look in under a minute."""
+    preset: Literal["paper", "quick", "multi_task"] = "paper"
+    """Values for all options below and above: paper; quick for a first look in under a minute; or multi_task, the means of 500
+    networks, each trained on a task of its own, in table 2."""
     method: tuple[Method, ...] = ("maml", "fomaml", "pretrained", "oracle", "random")
     """Methods, trained in this order: MAML, first-order MAML, one network for all tasks, one that is told amplitude and
-    phase, and an untrained one. The one for all tasks and the untrained one are fine-tuned with a step size tuned for them."""
+    phase, an untrained one; and the mean of networks of one task each, trained without a penalty, with one of their norm, or of
+    their distance to the mean. All but MAML are fine-tuned with a step size tuned for them."""
     protocol: Literal["corrected", "paper"] = "corrected"
     """How the weights begin, on which the text is silent: with Flax's default, LeCun normal (corrected), or truncated normal
     with standard deviation 0.01 as in the authors' code (paper)."""
@@ -65,6 +72,10 @@ class Options(runner.Options):
     """Units of each hidden layer."""
     differentiation: Literal["mixed", "reverse"] = "reverse"
     """How MAML differentiates through adaptation; both are exact, and reverse is faster for few points and steps."""
+    task_steps: int = 2_000
+    """Steps of Adam by which the network of a single task is trained."""
+    penalty: float = 0.1
+    """Weight of its penalty, if it has one."""
     eval_shots: tuple[int, ...] = (5, 10, 20)
     """K, support points of a test task; one table each."""
     eval_steps: int = 10
@@ -78,7 +89,9 @@ class Options(runner.Options):
 
 
 QUICK = Options(preset="quick", steps=5_000, eval_tasks=200, out=Path("out/sinusoid_quick"))
-PRESETS = {"paper": Options(), "quick": QUICK}
+FIVE_HUNDRED = {"steps": 20, "log_every": 20, "shots": 50, "queries": 50}  # tasks: 20 meta-updates of 25
+MULTI_TASK = Options(preset="multi_task", method=tuple(PENALTIES), out=Path("out/sinusoid_multi_task"), **FIVE_HUNDRED)
+PRESETS = {options.preset: options for options in (Options(), QUICK, MULTI_TASK)}
 
 
 def execute(options: Options, run: runner.Run) -> None:
@@ -125,6 +138,16 @@ def train(method: Method, options: Options, run: runner.Run) -> tuple[State, int
             tx=tx,
             differentiation="first_order" if method == "fomaml" else options.differentiation,
         )
+    elif method in PENALTIES:
+        learner = multi_task(
+            model,
+            mse,
+            task_tx=tx,
+            task_steps=options.task_steps,
+            rule=options.inner_lr,
+            eval_steps=options.eval_steps,
+            penalty=lambda *params: options.penalty * PENALTIES[method](*params),
+        )
     else:
         learner = pretrain(model, mse, rule=options.inner_lr, eval_steps=0 if oracle else options.eval_steps, tx=tx)
     if method == "random":
@@ -138,6 +161,8 @@ def train(method: Method, options: Options, run: runner.Run) -> tuple[State, int
 
     sample = sinusoid(shots=options.shots, queries=options.queries, reveal=oracle)
     result = run.train(method, learner, sample, validate_fn=validation_error)
+    if method in PENALTIES:
+        return result.state._replace(params=result.state.params["mean"]), result.num_updates
     return result.state, result.num_updates
 
 

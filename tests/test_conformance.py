@@ -13,6 +13,7 @@ import optax
 import pytest
 from battery import KEY, equal
 
+from mamljax.baselines.multi_task import multi_task, squared_distance
 from mamljax.baselines.pretrain import pretrain
 from mamljax.checkpoint import Checkpoints
 from mamljax.losses import mse
@@ -33,6 +34,7 @@ def meta_sgd(inner_steps):
 
 
 MAML = functools.partial(maml, MODEL, mse, inner_steps=2, eval_steps=3, **TRAINING)
+MULTI_TASK = functools.partial(multi_task, MODEL, mse, task_tx=optax.adam(1e-2), task_steps=3, metric_fns=METRICS)
 PRETRAIN = functools.partial(pretrain, MODEL, mse, **TRAINING)
 LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "maml": (MAML(rule=0.01), 3),
@@ -42,6 +44,7 @@ LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "maml, adam inside": (MAML(rule=optax.adam(0.01, eps_root=1e-8)), 3),
     "meta-sgd": (meta_sgd(2), 3),
     "pretrained": (PRETRAIN(rule=0.01, eval_steps=3), 3),
+    "multi-task": (MULTI_TASK(rule=0.01, eval_steps=3, penalty=squared_distance), 3),
     "oracle": (PRETRAIN(rule=0.01, eval_steps=0), 0),
 }
 
@@ -107,7 +110,7 @@ def test_evaluation_has_a_number_for_each_step(case):
 def test_evaluation_before_adaptation_is_that_of_the_network(case):
     (learner, *_), _, evaluate = case
     state, task = learner.init(KEY), SAMPLE(KEY)
-    params = state.params["theta"] if "theta" in state.params else state.params
+    params = next((state.params[name] for name in ("theta", "mean") if name in state.params), state.params)
     outputs = MODEL.apply(params, task.query.x)
     metrics = evaluate(KEY, state, task)
     np.testing.assert_allclose(metrics["loss"][0], mse(outputs, task.query.y), rtol=1e-5)

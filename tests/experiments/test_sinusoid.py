@@ -67,6 +67,14 @@ def finished(tmp_path_factory):
     return out
 
 
+def test_the_multi_task_baselines(tmp_path):
+    assert main("--preset", "multi_task", "--task-steps", 3, "--out", tmp_path) == 0
+    rows = {(row.method, row.step): row for row in report.read_results(tmp_path / "results.json")["rows"]}
+    assert {method for method, _ in rows} == {"multi_task", "multi_task_norm", "multi_task_mean"}
+    assert rows["multi_task_mean", 1].published == 2.91
+    assert len({row.mean for row in rows.values()}) == len(rows)
+
+
 def test_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {"checkpoints", "config.json", "fits.png", "learning_curves.png", "report.md", "results.json"}
