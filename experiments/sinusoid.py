@@ -192,11 +192,16 @@ def tuned_lr(options: Options, states: State, *, shots: int) -> float:
 
 
 def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path: Path) -> None:
-    """Draw the first seed's networks before and after adaptation to 5 points, from all or from the left half of the range."""
-    fits = {method: fits[method] for method in ("maml", "pretrained") if method in fits}
-    figure = report.new_figure(14, 1 + 3 * len(fits))
-    panels = figure.subplots(max(1, len(fits)), 4, sharex=True, sharey="col", squeeze=False)
-    for row, (method, (state, lr)) in zip(panels, fits.items(), strict=False):
+    """Draw the first seed's networks before and after adaptation to 5 points, from all or from the left half of the range.
+
+    They are those of MAML and of the pretrained network, if trained, else all that adapt.
+    """
+    shown = [method for method in ("maml", "pretrained") if method in fits] or [name for name in fits if name != "oracle"]
+    if not shown:
+        return
+    figure = report.new_figure(14, 1 + 3 * len(shown))
+    panels = figure.subplots(len(shown), 4, sharex=True, sharey="col", squeeze=False)
+    for row, (method, (state, lr)) in zip(panels, ((method, fits[method]) for method in shown), strict=True):
         for column, axes in enumerate(row):
             interval = (INPUT[0], 0.0) if column % 2 else INPUT
             task = sinusoid(shots=5, queries=400, support_range=interval)(jax.random.key(TEST_SEED + column // 2))

@@ -54,7 +54,7 @@ def matching(
         probabilities = jax.nn.softmax(similarity) @ jax.nn.one_hot(task.support.y, ways)
         return jnp.log(probabilities)
 
-    return _learner(features.init, _loss_of(compare, loss_fn), compare, loss_fn, tx, metric_fns, chunk_size)
+    return _learner(features.init, compare, loss_fn, tx, metric_fns, chunk_size)
 
 
 def prototypical(
@@ -79,7 +79,7 @@ def prototypical(
         prototypes = members @ support / members.sum(1, keepdims=True)
         return -((query[:, None] - prototypes[None]) ** 2).sum(-1)
 
-    return _learner(features.init, _loss_of(compare, loss_fn), compare, loss_fn, tx, metric_fns, chunk_size)
+    return _learner(features.init, compare, loss_fn, tx, metric_fns, chunk_size)
 
 
 def siamese(
@@ -121,7 +121,7 @@ def siamese(
     def compare(params: PyTree, task: Task) -> Array:
         return largest_of_class(pairs(params, task), task.support.y, ways)
 
-    return _learner(model.init, task_loss, compare, loss_fn, tx, metric_fns, chunk_size)
+    return _learner(model.init, compare, loss_fn, tx, metric_fns, chunk_size, task_loss)
 
 
 def cosine_similarity(a: Array, b: Array) -> Array:
@@ -149,22 +149,21 @@ def evaluation(compare: Compare, loss_fn: LossFn, metric_fns: Mapping[str, LossF
 
 def _learner(
     init: Callable[[Array], PyTree],
-    task_loss: Callable[[PyTree, Task], Array],
     compare: Compare,
     loss_fn: LossFn,
     tx: optax.GradientTransformation,
     metric_fns: Mapping[str, LossFn],
     chunk_size: int | None,
+    task_loss: Callable[[PyTree, Task], Array] | None = None,
 ) -> MetaLearner:
-    return meta_learner(init, task_loss, evaluation(compare, loss_fn, metric_fns), tx=tx, chunk_size=chunk_size)
+    """A meta-learner that descends `task_loss`, by default the loss of the comparison."""
 
-
-def _loss_of(compare: Compare, loss_fn: LossFn) -> Callable[[PyTree, Task], Array]:
-    def task_loss(params: PyTree, task: Task) -> Array:
+    def query_loss(params: PyTree, task: Task) -> Array:
         check_task(task)
         return loss_fn(compare(params, task), task.query.y)
 
-    return task_loss
+    evaluate = evaluation(compare, loss_fn, metric_fns)
+    return meta_learner(init, task_loss or query_loss, evaluate, tx=tx, chunk_size=chunk_size)
 
 
 def _features_of(features: Model, params: PyTree, task: Task) -> tuple[Array, Array]:

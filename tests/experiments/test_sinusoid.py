@@ -73,6 +73,8 @@ def test_the_multi_task_baselines(tmp_path):
     assert {method for method, _ in rows} == {"multi_task", "multi_task_norm", "multi_task_mean"}
     assert rows["multi_task_mean", 1].published == 2.91
     assert len({row.mean for row in rows.values()}) == len(rows)
+    height = int.from_bytes((tmp_path / "fits.png").read_bytes()[20:24])
+    assert height == 1000  # of three rows of curves
 
 
 def test_writes_what_it_promises(finished):
