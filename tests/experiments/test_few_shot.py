@@ -138,7 +138,7 @@ def test_published_numbers_stand_beside_the_step_they_are_of(images, banks, tmp_
 def test_features_of_a_classifier_are_what_it_begins_with(finished, images, banks, tmp_path):
     """MAML's first weights are these and zeros; the comparison of the features themselves is that of the classifier's run."""
     trained = finished / "checkpoints" / "nearest_neighbour"
-    options = ("--features", trained, "--method", "maml", "fine_tuning", "nearest_neighbour")
+    options = ("--features", trained, "--method", "maml", "prototypical", "fine_tuning", "nearest_neighbour")
     assert main(images, banks, "--out", tmp_path, "--meta-lr", 1e-9, *options) == 0
     rows, old = (
         {(row.method, row.step): row for row in report.read_results(run / "results.json")["rows"]}
@@ -146,9 +146,9 @@ def test_features_of_a_classifier_are_what_it_begins_with(finished, images, bank
     )
     assert rows["nearest_neighbour", 0].mean == old["nearest_neighbour", 0].mean
     assert {rows[method, 0].meta_updates for method in ("maml", "fine_tuning", "nearest_neighbour")} == {20}
-    assert rows["maml", 0].note == "features of 20 updates"
+    assert rows["maml", 0].note == rows["prototypical", 0].note == "features of 20 updates"
     assert rows["fine_tuning", 0].note.startswith("features of 20 updates, step size ")
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"maml"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"maml", "prototypical"}
     run = adapt.read_options(tmp_path)
     data = Data(jnp.zeros(image_shape(run)), 6, **dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled")))
 
@@ -156,10 +156,11 @@ def test_features_of_a_classifier_are_what_it_begins_with(finished, images, bank
         learner = few_shot.build_learner(method, run, data, eval_steps=1, rule=0.1)
         return jax.tree.map(lambda leaf: leaf[0], read_best(learner, directory).params)
 
-    features, began = params("nearest_neighbour", trained)["features"], params("maml", tmp_path / "checkpoints" / "maml")
+    features = params("nearest_neighbour", trained)["features"]
+    began, compared = (params(method, tmp_path / "checkpoints" / method) for method in ("maml", "prototypical"))
     expected = jax.tree.map(jnp.zeros_like, began) | features
     assert began.keys() - features.keys() == {"Dense_4"}
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), began, expected)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), (began, compared), (expected, features))
 
 
 def test_resumed_run_is_the_undisturbed_one(finished, images, banks, tmp_path):
