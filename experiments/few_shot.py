@@ -5,7 +5,7 @@ never saw, after 0 to 10 steps of gradient descent on their labelled images.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,6 +34,7 @@ from mamljax import image_models, models, report
 from mamljax.baselines.metric_learning import matching, prototypical, siamese
 from mamljax.baselines.pretrain import pretrain
 from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
+from mamljax.checkpoint import CheckpointError
 from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import fine_tune, maml
@@ -54,7 +55,7 @@ def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
     jax.config.update("jax_default_matmul_precision", options.precision)
     check_features(options)
-    data = load(options)
+    data, origin = load(options), origin_of_features(options)
     run.config["bank"] = data.checksum
     rows, trained = [], {}
     for method in options.method:
@@ -78,7 +79,7 @@ def execute(options: Options, run: runner.Run) -> None:
             tasks=eval_tasks(options),
             published={} if published is None else {options.test_steps if len(mean) > 1 else 0: published},
             source=SOURCES.get(method, SOURCE),
-            note=", ".join(notes(method, options, lr)),
+            note=", ".join(origin + [f"step size {lr:g}"] * (method in TUNED)),
             **run.effort(method, best=True) | {"meta_updates": num_updates},
         )
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
@@ -165,17 +166,17 @@ def begin_with(features: PyTree, init: Callable[[Array], State], key: Array) -> 
     return state._replace(params=jax.tree.map(jnp.zeros_like, state.params) | features)
 
 
-def notes(method: Method, options: Options, lr: float) -> Iterator[str]:
-    """What a row of the results says beside the method's name."""
-    if options.features is not None:
-        yield f"features of {updates_of(options.features):,} updates"
-    if method in TUNED:
-        yield f"step size {lr:g}"
+def origin_of_features(options: Options) -> list[str]:
+    """What the results say of `--features`, if they are given."""
+    return [] if options.features is None else [f"features of {updates_of(options.features):,} updates"]
 
 
 def updates_of(directory: Path) -> int:
     """For how many updates a run was trained."""
-    return read_metrics(directory / "metrics.jsonl")[-1]["update"]
+    lines = read_metrics(directory / "metrics.jsonl")
+    if not lines:
+        raise CheckpointError(f"--features: {directory} holds no training run. A script's are OUT/checkpoints/METHOD.")
+    return lines[-1]["update"]
 
 
 def accuracies(learner: MetaLearner, states: State, sample: SampleFn, *, num_tasks: int, batch_size: int, seed: int) -> Array:

@@ -127,9 +127,9 @@ class Options(runner.Options):
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Arithmetic of products, where the device has others than float32; parameters are always float32."""
     features: Path | None = None
-    """Features to begin with: those of a classifier that nearest_neighbour or fine_tuning trained, in OUT/checkpoints/METHOD of
-    their run with the same network. MAML goes on from there, with an output layer of zeros, and so do matching and prototypical
-    networks; the two themselves are evaluated with them and train none."""
+    """Features to begin with: those of a classifier that nearest_neighbour or fine_tuning trained, its best in validation, in
+    OUT/checkpoints/METHOD of their run with the same network. MAML goes on from there, with an output layer of zeros, and so do
+    matching and prototypical networks; the two themselves are evaluated with them and train none."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy after the training; the
     first also serves for validation during it."""
@@ -194,8 +194,9 @@ def eval_tasks(options: Options) -> int:
 
 def check_features(options: Options) -> None:
     """`--features` is given only to what can use them."""
-    others = {"pretrained", "random", "siamese"} & set(options.method)
+    unable = ("pretrained", "random", "siamese")
+    others = [method for method in options.method if method in unable]
     if options.features is not None and (others or options.seeds > 1):
-        given = f"--method {' '.join(sorted(others))}" if others else f"--seeds {options.seeds}"
-        allowed = " ".join(name for name in get_args(Method) if name not in ("pretrained", "random", "siamese"))
-        raise ValueError(f"--features are for one seed and --method {allowed}, got {given}.")
+        given = f"--method {' '.join(others)}" if others else f"--seeds {options.seeds}"
+        able = " ".join(method for method in get_args(Method) if method not in unable)
+        raise ValueError(f"--features are for one seed and --method {able}, got {given}.")

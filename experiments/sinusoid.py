@@ -50,8 +50,8 @@ class Options(runner.Options):
     networks, each trained on a task of its own, in table 2."""
     method: tuple[Method, ...] = ("maml", "fomaml", "pretrained", "oracle", "random")
     """Methods, trained in this order: MAML, first-order MAML, one network for all tasks, one that is told amplitude and
-    phase, an untrained one; and the mean of networks of one task each, trained without a penalty, with one of their norm, or of
-    their distance to the mean. All but MAML are fine-tuned with a step size tuned for them."""
+    phase, an untrained one; and, for --preset multi_task, the mean of networks of one task each, trained without a penalty,
+    with one of their norm, or of their distance to the mean. All but MAML and the one that is told have a tuned step size."""
     protocol: Literal["corrected", "paper"] = "corrected"
     """How the weights begin, on which the text is silent: with Flax's default, LeCun normal (corrected), or truncated normal
     with standard deviation 0.01 as in the authors' code (paper)."""
