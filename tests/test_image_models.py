@@ -38,10 +38,23 @@ def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives
     patches_of_one = 9 * size[0] * size[1] * channels * 8 // stride**2
     monkeypatch.setattr(convolution, "PIECE_BYTES", images_at_a_time * patches_of_one)
     monkeypatch.setattr(convolution, "WINOGRAD_PIXELS", 1)
+    program = check_convolution(Conv3x3(4, stride=stride), (images, *size, channels))
+    assert ("scan" in program) == (images > 4 * images_at_a_time)
+
+
+@pytest.mark.parametrize(("stride", "parts"), [(1, 12), (2, 3)])
+def test_convolution_on_a_gpu_is_the_same_in_parts(stride, parts, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(convolution, "PART_ROWS", 7)
+    program = check_convolution(Conv3x3(4, stride=stride), (6, 4, 4, 3))
+    assert f"f64[{parts},8,27]" in program
+
+
+def check_convolution(conv, shape):
+    """It is that of XLA in value and in first and second derivatives; returns its program."""
     with jax.enable_x64(True):
         keys = jax.random.split(KEY, 3)
-        x = jax.random.normal(keys[0], (images, *size, channels), jnp.float64)
-        conv = Conv3x3(4, stride=stride)
+        x = jax.random.normal(keys[0], shape, jnp.float64)
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), conv.init(keys[1], x))
         params["params"]["bias"] += jnp.arange(4.0)
         weights = jax.random.normal(keys[2], conv.apply(params, x).shape, jnp.float64)
@@ -55,10 +68,10 @@ def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives
             second = jax.grad(lambda *args: sum(jnp.sin(leaf).sum() for leaf in jax.tree.leaves(gradient(*args))), (0, 1))
             return apply(params, x), first, second(params, x)
 
-        assert ("scan" in str(jax.make_jaxpr(conv.apply)(params, x))) == (images > 4 * images_at_a_time)
         ours = jax.jit(results, static_argnums=0)(conv.apply)
-        theirs = jax.jit(results, static_argnums=0)(lambda params, x: reference_conv(params, x, stride))
+        theirs = jax.jit(results, static_argnums=0)(lambda params, x: reference_conv(params, x, conv.stride))
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-9), ours, theirs)
+        return str(jax.make_jaxpr(conv.apply)(params, x))
 
 
 def test_the_way_of_a_convolution_is_chosen_by_its_sizes():
