@@ -124,7 +124,7 @@ def _images(options: Options, filters: int, ways: int, shots: int) -> Setting:
 
 
 def _experiment(name: problems.Name) -> Setting:
-    problem = problems.PROBLEMS[name]
+    problem = problems.problem_here(name)
     model, (_, tasks) = problems.build_model(problem), problems.weights_and_tasks(problem)
     return Setting(name, model, problems.loss_of(problem), tasks, (problem.inner_steps,), problem.chunk_size)
 

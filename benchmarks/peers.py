@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array, lax
-from problems import META_LR, PROBLEMS, Name, Problem, build_learner, weights_and_tasks
+from problems import META_LR, PROBLEMS, Name, Problem, build_learner, problem_here, weights_and_tasks
 
 from mamljax import report
 from mamljax.devices import BY_TASK, on, place, task_mesh
@@ -85,9 +85,7 @@ def problems_of(options: Options) -> list[Problem]:
     """The problems, with what the options change of them."""
     names = ("num_tasks", "width", "chunk_size", "differentiation")
     changes = {name: value for name in names if (value := getattr(options, name)) is not None}
-    if jax.default_backend() != "cpu":  # all tasks at once, and meta-updates too short for a call of their own
-        changes = {"chunk_size": None, "updates": 200, **changes}
-    problems = (PROBLEMS[name]._replace(**changes) for name in options.problem)
+    problems = (problem_here(name)._replace(**changes) for name in options.problem)
     return [problem._replace(devices=_devices(problem, options.devices)) for problem in problems]
 
 

@@ -51,6 +51,14 @@ PROBLEMS = {
 }
 
 
+def problem_here(name: Name) -> Problem:
+    """The problem as it suits the device; on an accelerator all tasks at once, and many meta-updates in a call."""
+    problem = PROBLEMS[name]
+    if jax.default_backend() == "cpu":
+        return problem
+    return problem._replace(chunk_size=None, updates=max(50, problem.updates))
+
+
 def build_model(problem: Problem) -> Model:
     """Build the network."""
     if problem.network == "mlp":

@@ -24,7 +24,7 @@ import optax
 from jax import Array
 from jax.experimental.compilation_cache import compilation_cache
 from jax.tree_util import Partial
-from problems import META_LR, PROBLEMS, Name, Problem, build_learner, weights_and_tasks
+from problems import META_LR, PROBLEMS, Name, Problem, build_learner, problem_here, weights_and_tasks
 
 from mamljax import report
 from mamljax.record import read_metrics
@@ -111,7 +111,7 @@ def measure(options: Options) -> list[report.Row]:
     with _compiled_once():
         for name in options.problem:
             for num_tasks in options.num_tasks:
-                rows += compare(PROBLEMS[name]._replace(num_tasks=num_tasks, **changes), options)
+                rows += compare(problem_here(name)._replace(num_tasks=num_tasks, **changes), options)
                 print(f"{name}, {num_tasks} tasks: done", file=sys.stderr)
     return rows
 
