@@ -28,7 +28,6 @@ from mamljax.data.folders import SUFFIXES
 from mamljax.files import write_atomically
 from mamljax.losses import cross_entropy
 from mamljax.maml import fine_tune
-from mamljax.rules import all_but
 from mamljax.train import read_best
 from mamljax.types import Examples
 
@@ -44,7 +43,7 @@ class Options:
     query: Path
     """Directory of the images to classify, in folders or not. Networks normalise by the images that they see together: each
     is seen with the support images, so that its prediction depends on no other."""
-    method: Literal["maml", "fomaml", "pretrained"] = "maml"
+    method: Literal["maml", "fomaml", "anil", "boil", "meta_sgd", "pretrained"] = "maml"
     """Which of the run's networks."""
     steps: int | None = None
     """Adaptation steps; by default as many as the run's --test-steps."""
@@ -85,8 +84,7 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     learner = few_shot.build_learner(options.method, run, data, eval_steps=steps, rule=lr)
     states = read_best(learner, options.checkpoint / "checkpoints" / options.method)
     params = jax.tree.map(lambda leaf: leaf[0], states.params)
-    network = few_shot.build_network(run, image, run.ways)
-    rule = all_but(few_shot.NORM_PARAMETERS[run.norm], lr)
+    network, rule = few_shot.adapted_by(options.method, run, image, lr)
     adapted, _ = fine_tune(network, cross_entropy, params, support, rule, steps)
 
     def logits(x: jax.Array) -> jax.Array:

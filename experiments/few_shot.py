@@ -16,6 +16,7 @@ import optax
 import runner
 from few_shot_data import Data, load
 from few_shot_presets import (
+    MAML,
     PRESETS,
     PUBLISHED,
     SOURCE,
@@ -39,7 +40,7 @@ from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import fine_tune, maml
 from mamljax.record import read_metrics
-from mamljax.rules import Rule, all_but
+from mamljax.rules import Rule, all_but, learned_step_sizes
 from mamljax.train import read_best
 from mamljax.types import MetaLearner, Model, PyTree, SampleFn, State, Task, as_argument
 
@@ -86,9 +87,8 @@ def execute(options: Options, run: runner.Run) -> None:
     results = run.write(rows)
     report.learning_curves(results, options.out / "learning_curves.png")
     report.training_curves({method: run.directory(method) for method in run.results}, options.out / "training_curves.png")
-    for method in ("maml", "fomaml"):
-        if method in trained:
-            draw_episodes(options, data, *trained[method], options.out / f"episodes_{method}.png")
+    for method in trained.keys() & {*MAML}:
+        draw_episodes(method, options, data, *trained[method], options.out / f"episodes_{method}.png")
 
 
 def build_network(options: Options, image: Array, ways: int | None) -> Model:
@@ -106,16 +106,32 @@ def build_network(options: Options, image: Array, ways: int | None) -> Model:
     return models.from_linen(modules[options.network], image)
 
 
+def adapted_by(method: Method, options: Options, image: Array, rule: Rule) -> tuple[Model, optax.GradientTransformation]:
+    """Build the network as a method adapts it, and what it adapts by the rule: all parameters but those of normalisation."""
+    features, network = (build_network(options, image, ways) for ways in (None, options.ways))
+    below, all_layers = (jax.eval_shape(model.init, jax.random.key(0)).keys() for model in (features, network))
+    frozen = NORM_PARAMETERS[options.norm]
+    match method:
+        case "anil":
+            frozen = below
+        case "boil":
+            frozen = (*frozen, *(all_layers - below))
+        case "meta_sgd":
+            network, rule = learned_step_sizes(network, rule)
+    return network, all_but(tuple(frozen), rule)
+
+
 def build_learner(method: Method, options: Options, data: Data, *, eval_steps: int, rule: Rule) -> MetaLearner:
-    """Build the learner of a method, which adapts all parameters but those of normalisation, if any, by the rule."""
+    """Build the learner of a method, which adapts by the rule, if at all."""
     tx = optax.adam(options.meta_lr)
     tx = tx if options.clip is None else optax.chain(optax.clip(options.clip), tx)
     shared = {"tx": tx, "metric_fns": {"accuracy": accuracy}, "chunk_size": runner.tasks_at_a_time(options)}
-    adaptation = {"rule": all_but(NORM_PARAMETERS[options.norm], rule), "eval_steps": eval_steps}
+    network, adaptation_rule = adapted_by(method, options, data.image, rule)
+    adaptation = {"rule": adaptation_rule, "eval_steps": eval_steps}
     classifier = {"num_classes": data.num_classes, "ways": options.ways}
-    features, network = (build_network(options, data.image, ways) for ways in (None, options.ways))
+    features = build_network(options, data.image, None)
     match method:
-        case "maml" | "fomaml":
+        case "maml" | "fomaml" | "anil" | "boil" | "meta_sgd":
             differentiation = "first_order" if method == "fomaml" else options.differentiation
             adaptation |= {"inner_steps": options.inner_steps, "differentiation": differentiation}
             return maml(network, cross_entropy, **adaptation, **shared)
@@ -202,9 +218,9 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
     return max(options.tuning_lrs, key=lambda lr: score(lr, states, as_argument(data.val)))
 
 
-def draw_episodes(options: Options, data: Data, state: State, lr: float, path: Path, *, count: int = 4) -> None:
+def draw_episodes(method: Method, options: Options, data: Data, state: State, lr: float, path: Path, *, count: int = 4) -> None:
     """Draw test episodes: support images, then query images with their prediction before and after adaptation."""
-    network, rule = build_network(options, data.image, options.ways), all_but(NORM_PARAMETERS[options.norm], lr)
+    network, rule = adapted_by(method, options, data.image, lr)
 
     @jax.jit
     def adapted(params: PyTree, sample: SampleFn, key: Array) -> tuple[Task, Array]:

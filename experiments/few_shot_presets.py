@@ -9,7 +9,11 @@ import runner
 from mamljax.data.omniglot import Split
 
 SOURCE = "Finn et al. 2017, table 1"
-SOURCES = {"prototypical": "Snell et al. 2017, tables 1 and 2"}  # of methods that are not in that table
+SOURCES = {  # of methods that are not in that table
+    "meta_sgd": "Li et al. 2017",
+    "boil": "Oh et al. 2021",
+    "prototypical": "Snell et al. 2017, tables 1 and 2",
+}
 PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("omniglot", "strided_conv", 5, 1, "maml"): 98.7,
     ("omniglot", "strided_conv", 5, 5, "maml"): 99.9,
@@ -25,6 +29,14 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("miniimagenet", "pooled_conv", 5, 5, "fine_tuning"): 49.79,
     ("miniimagenet", "pooled_conv", 5, 1, "nearest_neighbour"): 41.08,
     ("miniimagenet", "pooled_conv", 5, 5, "nearest_neighbour"): 51.04,
+    ("omniglot", "strided_conv", 5, 1, "meta_sgd"): 99.5,
+    ("omniglot", "strided_conv", 5, 5, "meta_sgd"): 99.9,
+    ("omniglot", "strided_conv", 20, 1, "meta_sgd"): 95.9,
+    ("omniglot", "strided_conv", 20, 5, "meta_sgd"): 99.0,
+    ("miniimagenet", "pooled_conv", 5, 1, "meta_sgd"): 50.47,
+    ("miniimagenet", "pooled_conv", 5, 5, "meta_sgd"): 64.03,
+    ("miniimagenet", "pooled_conv", 5, 1, "boil"): 49.61,
+    ("miniimagenet", "pooled_conv", 5, 5, "boil"): 66.45,
     ("omniglot", "strided_conv", 5, 1, "matching"): 98.1,
     ("omniglot", "strided_conv", 5, 5, "matching"): 98.9,
     ("omniglot", "strided_conv", 20, 1, "matching"): 93.8,
@@ -47,10 +59,11 @@ Preset = Literal[
     *("miniimagenet-5w1s", "miniimagenet-5w5s"),
 ]
 Method = Literal[
-    *("maml", "fomaml", "pretrained", "random", "fine_tuning", "nearest_neighbour"),
+    *("maml", "fomaml", "anil", "boil", "meta_sgd", "pretrained", "random", "fine_tuning", "nearest_neighbour"),
     *("matching", "siamese", "prototypical"),
 ]
 
+MAML = ("maml", "fomaml", "anil", "boil", "meta_sgd")  # they learn to adapt
 TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
 
 
@@ -61,9 +74,10 @@ class Options(runner.Options):
     preset: Preset = "omniglot-5w1s"
     """Values for all options below and above, one preset for each cell of the paper's table."""
     method: tuple[Method, ...] = ("maml",)
-    """Methods, trained in this order: MAML, first-order MAML, one network for all episodes, an untrained one; and a classifier
-    over all training classes, with its output layer renewed and everything fine-tuned, or its features compared. Matching,
-    siamese and prototypical networks learn from episodes to compare."""
+    """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil) or all but that
+    (boil), or that learns a step size for each parameter (meta_sgd); one network for all episodes, an untrained one; and a
+    classifier over all training classes, with its output layer renewed and everything fine-tuned, or its features compared.
+    Matching, siamese and prototypical networks learn from episodes to compare."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -194,7 +208,7 @@ def eval_tasks(options: Options) -> int:
 
 def check_features(options: Options) -> None:
     """`--features` is given only to what can use them."""
-    unable = ("pretrained", "random", "siamese")
+    unable = ("meta_sgd", "pretrained", "random", "siamese")
     others = [method for method in options.method if method in unable]
     if options.features is not None and (others or options.seeds > 1):
         given = f"--method {' '.join(others)}" if others else f"--seeds {options.seeds}"

@@ -61,7 +61,7 @@ TINY = [
     "0.5",
 ]
 COMPARING = ("nearest_neighbour", "matching", "siamese", "prototypical")
-METHODS = ("maml", "random", "fine_tuning", *COMPARING)
+METHODS = ("maml", "meta_sgd", "random", "fine_tuning", *COMPARING)
 
 
 def draw_class(rng):
@@ -105,7 +105,7 @@ def finished(images, banks, tmp_path_factory):
 
 def test_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
-    figures = {"learning_curves.png", "training_curves.png", "episodes_maml.png"}
+    figures = {"learning_curves.png", "training_curves.png", "episodes_maml.png", "episodes_meta_sgd.png"}
     assert names == figures | {"checkpoints", "config.json", "report.md", "results.json"}
     for name in figures:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
@@ -194,7 +194,7 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--features", "nowhere"], "nowhere holds no training run"),
-        (["--features", "nowhere", "--method", "random"], "--features are for one seed and --method maml fomaml fine_tuning"),
+        (["--features", "nowhere", "--method", "random"], "--features are for one seed and --method maml fomaml anil boil fine_tuning"),
         (["--features", "nowhere", "--seeds", 2], "got --seeds 2."),
         (["--filters", 0], "--filters must be a whole number of at least 1"),
     ],
@@ -238,6 +238,31 @@ def test_tasks_at_a_time(monkeypatch):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert runner.tasks_at_a_time(few_shot.PRESETS["omniglot-5w1s"]) == by_default
         assert runner.tasks_at_a_time(chosen) == 4
+
+
+@pytest.mark.parametrize(
+    ("method", "moves"),
+    [
+        ("maml", {"body", "head"}),
+        ("fomaml", {"body", "head"}),
+        ("anil", {"head"}),
+        ("boil", {"body"}),
+        ("meta_sgd", {"body", "head"}),
+    ],
+)
+def test_what_a_method_adapts(method, moves):
+    """Of the features and of the output layer; the shifts of normalisation and learned step sizes never."""
+    options = few_shot.PRESETS["omniglot-5w1s"]
+    network, rule = few_shot.adapted_by(method, options, jnp.zeros((1, 28, 28, 1)), 0.5)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
+    parts = set()
+    for path, change in jax.tree.leaves_with_path(rule.update(ones, rule.init(ones), ones)[0]):
+        name = jax.tree_util.keystr(path)
+        part = next(part for part in ("alpha", "shift", "Conv3x3", "Dense_0") if part in name)
+        if np.any(change):
+            parts.add({"Conv3x3": "body", "Dense_0": "head"}.get(part, part))
+    assert parts == moves
 
 
 def test_results_are_of_what_was_trained(finished):
@@ -291,9 +316,10 @@ def copy(images, folder, *, suffix=".png", mode="L", size=12):
     return folder / "support", folder / "query"
 
 
-def test_adapt_writes_predictions(finished, images, tmp_path):
+@pytest.mark.parametrize("method", ["maml", "meta_sgd"])
+def test_adapt_writes_predictions(finished, images, tmp_path, method):
     support, query = copy(images, tmp_path)
-    assert predict(finished, support, query, tmp_path / "out" / "p.csv") == 0
+    assert predict(finished, support, query, tmp_path / "out" / "p.csv", "--method", method) == 0
     rows = lines_of(tmp_path / "out" / "p.csv")
     assert [row["file"] for row in rows] == [str(path) for path in sorted(query.iterdir())]
     names = ["class10", "class11", "class9"]
