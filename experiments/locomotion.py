@@ -36,6 +36,7 @@ PUBLISHED = {  # mean return by number of adaptation steps
     },
     "half_cheetah_direction": {
         "maml": (-50.69, 293.19, 313.48, 315.65),
+        "context": (-40.49, -44.08, -38.27, -42.50),
         "pretrained": (-43.03, -24.75, -12.85, 19.57),
         "random": (-35.73, 21.83, 62.32, 86.18),
         "oracle": (442.69,),
@@ -128,8 +129,8 @@ def draw_strip(options: Options, env: Environment, trained: Trained, path: Path)
 @functools.partial(jax.jit, static_argnames=("options", "env"))
 def adapted_positions(options: Options, env: Environment, params: PyTree, lr: Array, key: Array, task: Array) -> Array:
     """Where the robot is at each step of a trajectory of mean actions, before and after one adaptation step: [2, T, nq]."""
-    model, collect = reinforcement.policy_and_collector(reinforcement.at_test(options), env)
-    rule = reinforcement.halving_rule(lr)
+    model, collect = reinforcement.policy_and_collector("maml", reinforcement.at_test(options), env)
+    rule = reinforcement.rule_of("maml", lr)
     batch_key, reset_key, step_key = jax.random.split(key, 3)
     batches = jax.tree.map(lambda leaf: leaf[None], collect(batch_key, params, task))
     _, path = adapt(functools.partial(reinforce_loss, model), params, batches, rule)

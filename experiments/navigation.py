@@ -23,6 +23,7 @@ from mamljax.rl.navigation import navigation
 SOURCE = "Finn et al. 2017, appendix"
 PUBLISHED = {  # mean return by number of adaptation steps
     "maml": (-40.41, -11.68, -3.33, -3.23),
+    "context": (-42.42, -13.90, -5.17, -3.18),
     "pretrained": (-40.81, -19.73, -11.72, -8.47),
     "random": (-82.66, -57.96, -53.84, -46.81),
     "oracle": (-2.29,),
@@ -82,14 +83,13 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
         return
     figure = report.new_figure(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods))
     panels = figure.subplots(len(methods), DRAWN_GOALS, sharex=True, sharey=True, squeeze=False)
-    model, collect = reinforcement.policy_and_collector(reinforcement.at_test(options), env)
     goal_keys, keys = jax.random.split(jax.random.key(TEST_SEED), (2, DRAWN_GOALS))
     goals = jax.vmap(env.sample_task)(goal_keys)
     for method, line in zip(methods, panels, strict=True):
         params = jax.tree.map(lambda leaf: leaf[0], trained[method].states.params)
-        adapt = functools.partial(
-            collect_and_adapt, model, collect, reinforcement.halving_rule(trained[method].lr), options.eval_steps
-        )
+        model, collect = reinforcement.policy_and_collector(method, reinforcement.at_test(options), env)
+        rule = reinforcement.rule_of(method, trained[method].lr)
+        adapt = functools.partial(collect_and_adapt, model, collect, rule, options.eval_steps)
         batches = jax.jit(jax.vmap(lambda key, goal, adapt=adapt, params=params: adapt(key, params, goal)))(keys, goals)
         steps = batches.trajectories
         of_first = jax.vmap(jax.vmap(lambda steps: steps.first))(steps)

@@ -15,21 +15,22 @@ from jax import Array
 
 from mamljax import report
 from mamljax.evaluate import evaluate, mean_and_ci95
-from mamljax.models import gaussian_policy
+from mamljax.models import gaussian_policy, with_context
 from mamljax.record import read_metrics
 from mamljax.rl.collect import CollectFn, collector
 from mamljax.rl.environment import Environment
 from mamljax.rl.maml_rl import maml_rl
 from mamljax.rl.observed import with_task_observed
 from mamljax.rl.trpo import HessianVectorProduct, trpo
+from mamljax.rules import all_but
 from mamljax.types import MetaLearner, Metrics, Model, State
 
-ADAPTING = ("maml", "fomaml")  # in training already
+ADAPTING = ("maml", "fomaml", "context")  # in training already
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
 FIRST = "return of the first of the trajectories in a row"
 METRICS = ("return", "return_of_first", "unstable")
 TUNING_SEED, TEST_SEED = 1_000_001, 1_000_002
-Method = Literal["maml", "fomaml", "pretrained", "random", "oracle"]
+Method = Literal["maml", "fomaml", "context", "pretrained", "random", "oracle"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Options(runner.Options):
     """Options of the reinforcement learning experiments."""
 
     method: tuple[Method, ...] = ("maml", "fomaml", "pretrained", "random", "oracle")
-    """Methods, trained in this order: MAML, first-order MAML, one policy for all tasks, an untrained one, and one that is told
-    the task. The policies trained for all tasks or not at all are fine-tuned with a step size tuned for them; the oracle is
-    not fine-tuned."""
+    """Methods, trained in this order: MAML, first-order MAML, MAML that adapts nothing but a further input (context), one
+    policy for all tasks, an untrained one, and one that is told the task. The policies trained for all tasks or not at all
+    are fine-tuned with a step size tuned for them; the oracle is not fine-tuned."""
     num_tasks: int = 20
     trajectories: int = 20
     """K, trajectories before and after each adaptation step in training. Where they end early further ones follow, so that
@@ -52,6 +53,8 @@ class Options(runner.Options):
     """Lambda of generalised advantage estimation."""
     hidden_sizes: tuple[int, ...] = (100, 100)
     """Units of each hidden layer of the policy."""
+    context_size: int = 10
+    """Dimensions of the further input; chosen here, as the paper does not say."""
     inner_lr: float = 0.1
     """Step size of adaptation, halved after the first step."""
     inner_steps: int = 1
@@ -127,8 +130,8 @@ def run_methods(
     for method in options.method:
         states, num_updates = train(method, options, run, env)
         if num_updates > 0 or method == "random":  # else time ran out before
-            lr = tuned_lr(options, env, states) if method in TUNED else options.inner_lr
-            metrics = measure(options, env, states, lr, oracle=method == "oracle", seed=TEST_SEED)
+            lr = tuned_lr(method, options, env, states) if method in TUNED else options.inner_lr
+            metrics = measure(method, options, env, states, lr, seed=TEST_SEED)
             effort = run.effort(method, best=True)
             trained[method] = Trained(states, effort, lr, *(np.asarray(metrics[name]) for name in METRICS))
     fields = {"setting": setting, "protocol": protocol, "source": source, "tasks": options.eval_tasks}
@@ -156,11 +159,11 @@ def train(method: Method, options: Options, run: runner.Run, env: Environment) -
 
 def build_learner(method: Method, options: Options, env: Environment) -> MetaLearner:
     """A method by its name."""
-    model, collect = policy_and_collector(options, env, oracle=method == "oracle")
+    model, collect = policy_and_collector(method, options, env)
     return maml_rl(
         model,
         collect,
-        rule=halving_rule(options.inner_lr),
+        rule=rule_of(method, options.inner_lr),
         inner_steps=options.inner_steps if method in ADAPTING else 0,
         eval_steps=options.eval_steps if method in ADAPTING else 0,
         tx=outer_optimiser(options),
@@ -175,10 +178,12 @@ def at_test(options: Options) -> Options:
     return dataclasses.replace(options, trajectories=options.eval_trajectories)
 
 
-def policy_and_collector(options: Options, env: Environment, *, oracle: bool = False) -> tuple[Model, CollectFn]:
-    """The policy of every method, and how it gathers trajectories; the oracle's sees the task."""
-    env = with_task_observed(env) if oracle else env
-    model = gaussian_policy(env.observation_size, env.action_size, hidden_sizes=options.hidden_sizes)
+def policy_and_collector(method: Method, options: Options, env: Environment) -> tuple[Model, CollectFn]:
+    """The policy of a method, and how it gathers trajectories; the oracle's sees the task."""
+    env = with_task_observed(env) if method == "oracle" else env
+    further = options.context_size if method == "context" else 0
+    model = gaussian_policy(env.observation_size + further, env.action_size, hidden_sizes=options.hidden_sizes)
+    model = with_context(model, further) if further else model
     sizes = {name: getattr(options, name) for name in ("horizon", "trajectories", "discount", "gae_lambda")}
     return model, collector(model, env, **sizes)
 
@@ -190,28 +195,30 @@ def outer_optimiser(options: Options) -> optax.GradientTransformation:
     return trpo(options.max_kl, damping=options.damping, cg_steps=options.cg_steps, hvp=options.hvp)
 
 
-def halving_rule(lr: Array | float) -> optax.GradientTransformation:
-    """Gradient descent whose step size is halved after the first step, as in the authors' code."""
-    return optax.sgd(lambda step: lr * jnp.where(step == 0, 1.0, 0.5))
+def rule_of(method: Method, lr: Array | float) -> optax.GradientTransformation:
+    """Gradient descent, of the context alone or of all; its step size is halved after the first, as in the authors' code."""
+    halving = optax.sgd(lambda step: lr * jnp.where(step == 0, 1.0, 0.5))
+    return all_but("network", halving) if method == "context" else halving
 
 
-def measure(options: Options, env: Environment, states: State, lr: float, *, oracle: bool = False, seed: int) -> Metrics:
+def measure(method: Method, options: Options, env: Environment, states: State, lr: float, *, seed: int) -> Metrics:
     """Returns before and after each step that begins with size `lr`: metrics [seeds, eval_tasks, S + 1] on tasks of a seed."""
-    return _measure(states, jnp.float32(lr), jax.random.key(seed), options=options, env=env, oracle=oracle)
+    return _measure(states, jnp.float32(lr), jax.random.key(seed), method=method, options=options, env=env)
 
 
-@functools.partial(jax.jit, static_argnames=("options", "env", "oracle"))
-def _measure(states: State, lr: Array, key: Array, *, options: Options, env: Environment, oracle: bool) -> Metrics:
-    model, collect = policy_and_collector(at_test(options), env, oracle=oracle)
-    steps = 0 if oracle else options.eval_steps
-    learner = maml_rl(model, collect, rule=halving_rule(lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
+@functools.partial(jax.jit, static_argnames=("method", "options", "env"))
+def _measure(states: State, lr: Array, key: Array, *, method: Method, options: Options, env: Environment) -> Metrics:
+    model, collect = policy_and_collector(method, at_test(options), env)
+    steps = 0 if method == "oracle" else options.eval_steps
+    learner = maml_rl(model, collect, rule=rule_of(method, lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
     evaluate_one = functools.partial(evaluate, sample=env.sample_task, key=key, num_tasks=options.eval_tasks)
     return jax.vmap(lambda params: evaluate_one(learner, State(params, ())))(states.params)
 
 
-def tuned_lr(options: Options, env: Environment, states: State) -> float:
+def tuned_lr(method: Method, options: Options, env: Environment, states: State) -> float:
     """The step size of fine-tuning with the highest return on tasks of its own, over all steps and seeds."""
-    returns = [measure(options, env, states, lr, seed=TUNING_SEED)["return"][..., 1:].mean() for lr in options.tuning_lrs]
+    measured = (measure(method, options, env, states, lr, seed=TUNING_SEED) for lr in options.tuning_lrs)
+    returns = [metrics["return"][..., 1:].mean() for metrics in measured]
     return options.tuning_lrs[int(jnp.nanargmax(jnp.array(returns)))]
 
 

@@ -193,3 +193,36 @@ def with_linear_head(features: Model, x: Array, outputs: int) -> Model:
         return features.apply(params["features"], x) @ params["head"]["kernel"] + params["head"]["bias"]
 
     return Model(init, apply)
+
+
+def with_context(model: Model, size: int) -> Model:
+    """Give a network a context: parameters of its own that it sees beside every input.
+
+    Adapted alone, by `rules.all_but("network", ...)`, they tell the network what a task is, and leave how it works as it is.
+    The paper compares MAML with that in its appendix.
+
+    Args:
+        model: a network of inputs [n, ..., d + size].
+        size: of the context.
+
+    Returns:
+        A network of inputs [n, ..., d], whose params are a dict of the "context" [size], zeros at first, and the "network".
+
+    Raises:
+        ValueError: a size below 1.
+
+    >>> model = with_context(mlp(1 + 3, (8,), 2), 3)
+    >>> params = model.init(jax.random.key(0))
+    >>> params["context"].tolist(), model.apply(params, jnp.ones((5, 1))).shape
+    ([0.0, 0.0, 0.0], (5, 2))
+    """
+    check_count("the size of a context", size)
+
+    def init(key: Array) -> PyTree:
+        return {"context": jnp.zeros(size), "network": model.init(key)}
+
+    def apply(params: PyTree, x: Array) -> Array:
+        context = jnp.broadcast_to(params["context"].astype(x.dtype), (*x.shape[:-1], size))
+        return model.apply(params["network"], jnp.concatenate([x, context], axis=-1))
+
+    return Model(init, apply)

@@ -9,7 +9,7 @@ from flax import linen, nnx
 
 from mamljax.losses import mse
 from mamljax.maml import maml
-from mamljax.models import from_linen, from_nnx, mlp, with_linear_head
+from mamljax.models import from_linen, from_nnx, mlp, with_context, with_linear_head
 from mamljax.types import Examples, Model, Task
 
 KEY = jax.random.key(0)
@@ -99,6 +99,17 @@ def test_linen_module_that_draws_random_numbers_is_refused():
 def test_nnx_module_with_state_is_refused():
     with pytest.raises(ValueError, match=r"variables of type \['BatchStat'\].*Use layers that keep none"):
         from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs))
+
+
+def test_a_context_stands_beside_every_input():
+    network = mlp(2 + 3, (4,), 1)
+    model = with_context(network, 3)
+    params = model.init(jax.random.key(0)) | {"context": jnp.array([1.0, 2.0, 3.0])}
+    x = jax.random.normal(jax.random.key(1), (5, 2))
+    beside = jnp.concatenate([x, jnp.tile(params["context"], (5, 1))], axis=1)
+    np.testing.assert_array_equal(model.apply(params, x), network.apply(params["network"], beside))
+    with pytest.raises(ValueError, match="the size of a context must be a whole number of at least 1, got 0"):
+        with_context(network, 0)
 
 
 def test_head_needs_flat_features():

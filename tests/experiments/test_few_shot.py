@@ -194,7 +194,10 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--features", "nowhere"], "nowhere holds no training run"),
-        (["--features", "nowhere", "--method", "random"], "--features are for one seed and --method maml fomaml anil boil fine_tuning"),
+        (
+            ["--features", "nowhere", "--method", "random"],
+            "--features are for one seed and --method maml fomaml anil boil",
+        ),
         (["--features", "nowhere", "--seeds", 2], "got --seeds 2."),
         (["--filters", 0], "--filters must be a whole number of at least 1"),
     ],

@@ -1,8 +1,10 @@
 """The navigation experiment as a user runs it, at tiny size."""
 
 import dataclasses
+from typing import get_args
 
 import jax
+import jax.numpy as jnp
 import navigation
 import numpy as np
 import orbax.checkpoint as ocp
@@ -77,7 +79,7 @@ def test_rows(finished):
 
 
 def test_step_sizes_are_halved_after_the_first():
-    rule, steps = reinforcement.halving_rule(0.5), []
+    rule, steps = reinforcement.rule_of("maml", 0.5), []
     state = rule.init(np.float32(0))
     for _ in range(3):
         step, state = rule.update(np.float32(1), state)
@@ -124,16 +126,31 @@ def test_normalised_returns_and_unstable_trajectories():
     assert reinforcement.normalised_published("fomaml", navigation.PUBLISHED) == {}
 
 
-@pytest.mark.parametrize("method", ["maml", "fomaml", "pretrained", "random", "oracle"])
+@pytest.mark.parametrize("method", get_args(reinforcement.Method))
 def test_every_method_can_be_built(method):
     options = runner.parse(navigation.PRESETS, ARGUMENTS)
     env = navigation.navigation()
     learner = reinforcement.build_learner(method, options, env)
     key = jax.random.key(0)
     state = jax.eval_shape(learner.init, key)
-    assert state.params["MLP_0"]["Dense_0"]["kernel"].shape == (4 if method == "oracle" else 2, 4)
+    policy = state.params["network"] if method == "context" else state.params
+    seen = {"oracle": 4, "context": 2 + options.context_size}.get(method, 2)
+    assert policy["MLP_0"]["Dense_0"]["kernel"].shape == (seen, 4)
     after, _ = jax.eval_shape(learner.update, key, state, jax.ShapeDtypeStruct((3, 2), "float32"))
     assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_a_context_is_adapted_and_the_network_is_not(tmp_path):
+    assert main("--out", tmp_path, "--method", "context", "--context-size", 3) == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert [row.published for row in rows if row.metric == "return"] == [-42.42, -13.9, -5.17]
+    options = runner.parse(navigation.PRESETS, ARGUMENTS)
+    model, _ = reinforcement.policy_and_collector("context", options, navigation.navigation())
+    params = model.init(jax.random.key(0))
+    rule = reinforcement.rule_of("context", 0.5)
+    changes, _ = rule.update(jax.tree.map(jnp.ones_like, params), rule.init(params), params)
+    np.testing.assert_allclose(changes["context"], -0.5)
+    assert not any(leaf.any() for leaf in jax.tree.leaves(changes["network"]))
 
 
 def test_returns_are_no_better_than_the_shortest_way(finished):
