@@ -23,6 +23,7 @@ from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import mse
 from mamljax.maml import fine_tune, maml
 from mamljax.models import mlp
+from mamljax.reptile import reptile
 from mamljax.tasks.sinusoid import INPUT, sinusoid
 from mamljax.types import Model, State
 
@@ -36,22 +37,26 @@ PUBLISHED = {  # mean squared error, 5-shot, by number of adaptation steps
 }
 PENALTIES = {"multi_task": no_penalty, "multi_task_norm": squared_norm, "multi_task_mean": squared_distance}
 KERNEL_INITS = {"corrected": jax.nn.initializers.lecun_normal(), "paper": jax.nn.initializers.truncated_normal(0.01)}
-TUNED = ("pretrained", "random", *PENALTIES)  # their step size of fine-tuning is tuned
+TUNED = ("reptile", "pretrained", "random", *PENALTIES)  # their step size of fine-tuning is tuned
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
-Method = Literal[*("maml", "fomaml", "pretrained", "oracle", "random"), *("multi_task", "multi_task_norm", "multi_task_mean")]
+Method = Literal[
+    *("maml", "fomaml", "reptile", "pretrained", "oracle", "random"),
+    *("multi_task", "multi_task_norm", "multi_task_mean"),
+]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options(runner.Options):
     """Sinusoid regression, by default as in the paper (section 5.1) and its code, but for the first weights (--protocol)."""
 
-    preset: Literal["paper", "quick", "multi_task"] = "paper"
-    """Values for all options below and above: paper; quick for a first look in under a minute; or multi_task, the means of 500
-    networks, each trained on a task of its own, in table 2."""
+    preset: Literal["paper", "quick", "multi_task", "reptile"] = "paper"
+    """Values for all options below and above: paper; quick for a first look in under a minute; multi_task, the means of 500
+    networks, each trained on a task of its own, in table 2; or reptile, which came after the paper."""
     method: tuple[Method, ...] = ("maml", "fomaml", "pretrained", "oracle", "random")
     """Methods, trained in this order: MAML, first-order MAML, one network for all tasks, one that is told amplitude and
-    phase, an untrained one; and, for --preset multi_task, the mean of networks of one task each, trained without a penalty,
-    with one of their norm, or of their distance to the mean. All but MAML and the one that is told have a tuned step size."""
+    phase, an untrained one; for --preset multi_task, the mean of networks of one task each, trained without a penalty, with
+    one of their norm, or of their distance to the mean; and, for --preset reptile, that. All but MAML and the one that is told
+    have a tuned step size in evaluation."""
     protocol: Literal["corrected", "paper"] = "corrected"
     """How the weights begin, on which the text is silent: with Flax's default, LeCun normal (corrected), or truncated normal
     with standard deviation 0.01 as in the authors' code (paper)."""
@@ -72,6 +77,8 @@ class Options(runner.Options):
     """Units of each hidden layer."""
     differentiation: Literal["mixed", "reverse"] = "reverse"
     """How MAML differentiates through adaptation; both are exact, and reverse is faster for few points and steps."""
+    batch_size: int = 10
+    """Reptile: points of an adaptation step in training."""
     task_steps: int = 2_000
     """Steps of Adam by which the network of a single task is trained."""
     penalty: float = 0.1
@@ -91,7 +98,8 @@ class Options(runner.Options):
 QUICK = Options(preset="quick", steps=5_000, eval_tasks=200, out=Path("out/sinusoid_quick"))
 FIVE_HUNDRED = {"steps": 20, "log_every": 20, "shots": 50, "queries": 50}  # tasks: 20 meta-updates of 25
 MULTI_TASK = Options(preset="multi_task", method=tuple(PENALTIES), out=Path("out/sinusoid_multi_task"), **FIVE_HUNDRED)
-PRESETS = {options.preset: options for options in (Options(), QUICK, MULTI_TASK)}
+REPTILE = Options(preset="reptile", method=("reptile",), inner_lr=0.02, inner_steps=10, out=Path("out/sinusoid_reptile"))
+PRESETS = {options.preset: options for options in (Options(), QUICK, MULTI_TASK, REPTILE)}
 
 
 def execute(options: Options, run: runner.Run) -> None:
@@ -138,6 +146,9 @@ def train(method: Method, options: Options, run: runner.Run) -> tuple[State, int
             tx=tx,
             differentiation="first_order" if method == "fomaml" else options.differentiation,
         )
+    elif method == "reptile":
+        sizes = {name: getattr(options, name) for name in ("inner_steps", "batch_size", "eval_steps")}
+        learner = reptile(model, mse, rule=options.inner_lr, tx=tx, **sizes)
     elif method in PENALTIES:
         learner = multi_task(
             model,

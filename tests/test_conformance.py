@@ -19,6 +19,7 @@ from mamljax.checkpoint import Checkpoints
 from mamljax.losses import mse
 from mamljax.maml import maml
 from mamljax.models import mlp
+from mamljax.reptile import reptile
 from mamljax.rules import learned_step_sizes
 from mamljax.tasks.sinusoid import sinusoid
 
@@ -43,6 +44,7 @@ LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "fomaml": (MAML(rule=0.01, differentiation="first_order"), 3),
     "maml, adam inside": (MAML(rule=optax.adam(0.01, eps_root=1e-8)), 3),
     "meta-sgd": (meta_sgd(2), 3),
+    "reptile": (reptile(MODEL, mse, rule=0.01, inner_steps=3, batch_size=4, eval_steps=3, **TRAINING), 3),
     "pretrained": (PRETRAIN(rule=0.01, eval_steps=3), 3),
     "multi-task": (MULTI_TASK(rule=0.01, eval_steps=3, penalty=squared_distance), 3),
     "oracle": (PRETRAIN(rule=0.01, eval_steps=0), 0),

@@ -67,6 +67,13 @@ def finished(tmp_path_factory):
     return out
 
 
+def test_reptile_has_a_tuned_step_size_in_evaluation(tmp_path):
+    assert main("--preset", "reptile", "--inner-steps", 3, "--batch-size", 2, "--out", tmp_path) == 0
+    rows = report.read_results(tmp_path / "results.json")["rows"]
+    assert {row.method for row in rows} == {"reptile"}
+    assert all(row.note.startswith("step size 0.0") and row.mean > 0 for row in rows)
+
+
 def test_the_multi_task_baselines(tmp_path):
     assert main("--preset", "multi_task", "--task-steps", 3, "--out", tmp_path) == 0
     rows = {(row.method, row.step): row for row in report.read_results(tmp_path / "results.json")["rows"]}

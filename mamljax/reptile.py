@@ -1,0 +1,77 @@
+"""Reptile (Nichol, Achiam, Schulman 2018, arXiv 1803.02999): follow the networks that tasks are trained to."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from mamljax.checks import check_count, check_task
+from mamljax.inner import adapt
+from mamljax.maml import learning_curve
+from mamljax.outer import meta_learner
+from mamljax.rules import Rule, as_rule
+from mamljax.types import Examples, LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
+
+
+def reptile(
+    model: Model,
+    loss_fn: LossFn,
+    *,
+    rule: Rule,
+    inner_steps: int,
+    batch_size: int,
+    eval_steps: int,
+    tx: optax.GradientTransformation,
+    metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
+) -> MetaLearner:
+    r"""Learn an initialisation that lies near the networks that a few steps on each task lead to.
+
+    $\theta \leftarrow \theta + \epsilon \frac1B \sum_{i=1}^B (\theta_i' - \theta)$, where $\theta_i'$ comes from $\theta$ by
+    `inner_steps` steps of `rule`: with `tx=optax.sgd(epsilon)`, gradient descent on $\frac12 \|\theta - \theta_i'\|^2$ with
+    $\theta_i'$ as a constant. It is of first order. Each step is on the next few of the task's examples, of both sets, and
+    after the last begins with the first again; a single step would be training on all tasks at once.
+
+    Args:
+        model: the network.
+        loss_fn: (outputs, targets) -> scalar, the mean over examples.
+        rule: the inner step size, or any Optax transformation; Adam without momentum in the paper.
+        inner_steps: steps on a task in training.
+        batch_size: examples of a step, at most those of the task.
+        eval_steps: steps of `rule` in evaluation, each on the whole support set.
+        tx: the outer optimiser.
+        metric_fns: further (outputs, targets) -> scalar to report in evaluation, by name.
+        chunk_size: tasks adapted to at a time; see `outer.meta_learner`.
+
+    Returns:
+        A meta-learner of `Task(support, query)`. Its training `loss` is the mean of $\frac12 \|\theta - \theta_i'\|^2$;
+        `evaluate` returns the `loss` and the metrics on the query set, each [eval_steps + 1].
+
+    Raises:
+        ValueError: a count below 1, a step size that is not positive and finite; at the first update, a malformed task, or one
+            of fewer examples than `batch_size`.
+    """
+    for name, count in (("inner_steps", inner_steps), ("batch_size", batch_size), ("eval_steps", eval_steps)):
+        check_count(name, count)
+    rule = as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=False)
+
+    def half_squared_distance(params: PyTree, task: Task) -> Array:
+        check_task(task)
+        pooled = jax.tree.map(lambda *parts: jnp.concatenate(parts), task.support, task.query)
+        if batch_size > len(pooled.y):
+            raise ValueError(f"batch_size must be at most the {len(pooled.y)} examples of a task, got {batch_size}.")
+        in_turn = (jnp.arange(inner_steps * batch_size) % len(pooled.y)).reshape(inner_steps, batch_size)
+
+        def loss(params: PyTree, batch: Examples) -> Array:
+            return loss_fn(model.apply(params, batch.x), batch.y)
+
+        batches = jax.tree.map(lambda leaf: leaf[in_turn], pooled)
+        adapted, _ = adapt(loss, params, batches, rule, differentiation="first_order")
+        return optax.tree.norm(optax.tree.sub(params, lax.stop_gradient(adapted)), squared=True) / 2
+
+    def evaluate(key: Array, state: State, task: Task) -> Metrics:
+        return learning_curve(model, loss_fn, state.params, task, rule, eval_steps, metric_fns=metric_fns)
+
+    return meta_learner(model.init, half_squared_distance, evaluate, tx=tx, chunk_size=chunk_size)
