@@ -98,7 +98,7 @@ class Options(runner.Options):
 QUICK = Options(preset="quick", steps=5_000, eval_tasks=200, out=Path("out/sinusoid_quick"))
 FIVE_HUNDRED = {"steps": 20, "log_every": 20, "shots": 50, "queries": 50}  # tasks: 20 meta-updates of 25
 MULTI_TASK = Options(preset="multi_task", method=tuple(PENALTIES), out=Path("out/sinusoid_multi_task"), **FIVE_HUNDRED)
-REPTILE = Options(preset="reptile", method=("reptile",), inner_lr=0.02, inner_steps=10, out=Path("out/sinusoid_reptile"))
+REPTILE = Options(preset="reptile", method=("reptile",), inner_lr=0.01, inner_steps=10, out=Path("out/sinusoid_reptile"))
 PRESETS = {options.preset: options for options in (Options(), QUICK, MULTI_TASK, REPTILE)}
 
 

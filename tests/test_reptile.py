@@ -62,7 +62,7 @@ def test_it_learns_to_adapt():
     shared = {"eval_steps": 10, "tx": optax.adam(1e-3)}
     model, sample = mlp(1, (40, 40), 1), sinusoid(shots=10, queries=10)
     learners = (
-        reptile(model, mse, rule=0.02, inner_steps=10, batch_size=10, **shared),
+        reptile(model, mse, rule=0.01, inner_steps=10, batch_size=10, **shared),
         pretrain(model, mse, rule=0.005, **shared),
     )
     errors = []
