@@ -97,11 +97,10 @@ class Run:
         """
         _check_ranges(options)
         self.experiment, self.options, self.results = experiment, options, {}
-        self.config = {
-            key: str(value) if isinstance(value, Path) else value for key, value in dataclasses.asdict(options).items()
-        }
-        fixed = {key: value for key, value in self.config.items() if key not in options.free}
-        claim_directory(options.out, {"experiment": experiment, **fixed})
+        self.config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        fixed = {name: value for name, value in self.config.items() if name not in options.free}
+        defaults = {field.name: field.default for field in dataclasses.fields(options) if field.name in fixed}
+        claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults)
         several = options.distributed or (options.devices or 1) > 1
         self.mesh = task_mesh(options.devices) if several else None
         self.keys = jax.vmap(jax.random.key)(np.uint32(options.seed) + np.arange(options.seeds, dtype=np.uint32))

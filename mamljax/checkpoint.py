@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -130,10 +131,16 @@ class Checkpoints:
         (self.directory / "steps" / str(step)).rename(aside / str(step))
 
 
-def claim_directory(directory: Path, config: dict[str, Any]) -> None:
+def claim_directory(directory: Path, config: dict[str, Any], *, defaults: Mapping[str, Any] = {}) -> None:
     """Write `config.json` into a directory, or check that the one in there says the same.
 
     One of a command that was refused, and so left nothing else, is replaced.
+
+    Args:
+        directory: made if it is missing.
+        config: JSON values.
+        defaults: what entries that are not in there count as: a run of an earlier version lacks those that came later, whose
+            defaults must let it go on as it began.
 
     Raises:
         CheckpointError: it says something else, cannot be read, or the directory cannot be written.
@@ -143,7 +150,7 @@ def claim_directory(directory: Path, config: dict[str, Any]) -> None:
     config = {name: _json_value(name, value) for name, value in config.items()}
     if not path.exists():
         _write_config(path, config)
-    found = read_config(directory)
+    found = {**defaults, **read_config(directory)}
     keys = [key for key in sorted(config.keys() | found.keys()) if json.dumps(config.get(key)) != json.dumps(found.get(key))]
     if keys and found.keys() == config.keys() and not _is_used(directory):
         _write_config(path, config)

@@ -144,6 +144,16 @@ def test_another_configuration_is_refused(tmp_path):
         Checkpoints(tmp_path, {"inner_lr": 0.2, "seeds": 1, "sizes": (40, 40)})
 
 
+def test_an_entry_that_came_later_counts_as_its_default(tmp_path):
+    claim_directory(tmp_path, {"shots": 1})
+    (tmp_path / "results.json").write_text("{}")
+    later = {"defaults": {"shots": 5, "penalty": 0.1}}
+    claim_directory(tmp_path, {"shots": 1, "penalty": 0.1}, **later)
+    for config in ({"shots": 1, "penalty": 0.2}, {"shots": 5, "penalty": 0.1}):
+        with pytest.raises(CheckpointError, match="another configuration"):
+            claim_directory(tmp_path, config, **later)
+
+
 def test_the_configuration_of_a_refused_command_is_replaced(tmp_path):
     claim_directory(tmp_path, {"shots": 30})
     claim_directory(tmp_path, {"shots": 1})

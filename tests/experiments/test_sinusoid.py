@@ -74,6 +74,16 @@ def test_reptile_has_a_tuned_step_size_in_evaluation(tmp_path):
     assert all(row.note.startswith("step size 0.0") and row.mean > 0 for row in rows)
 
 
+def test_a_run_of_a_version_with_fewer_options_goes_on(tmp_path, capsys):
+    assert main("--out", tmp_path, "--method", "pretrained") == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    older = {name: value for name, value in config.items() if name not in ("batch_size", "task_steps", "penalty")}
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    assert main("--out", tmp_path, "--method", "pretrained") == 0
+    assert main("--out", tmp_path, "--method", "pretrained", "--penalty", 0.3) == 2
+    assert "it has {'penalty': 0.1}, this one {'penalty': 0.3}" in capsys.readouterr().err
+
+
 def test_the_multi_task_baselines(tmp_path):
     assert main("--preset", "multi_task", "--task-steps", 3, "--out", tmp_path) == 0
     rows = {(row.method, row.step): row for row in report.read_results(tmp_path / "results.json")["rows"]}
