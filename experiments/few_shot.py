@@ -19,6 +19,7 @@ from few_shot_presets import (
     MAML,
     PRESETS,
     PUBLISHED,
+    PUBLISHED_STEPS,
     SOURCE,
     SOURCES,
     TRANSFER,
@@ -69,6 +70,7 @@ def execute(options: Options, run: runner.Run) -> None:
             sizes = {"num_tasks": eval_tasks(options), "batch_size": runner.tasks_at_a_time(options)}
             scores = accuracies(learner, states, data.test, seed=TEST_SEED, **sizes)
         mean, ci95 = mean_and_ci95(100 * scores)
+        published_step = PUBLISHED_STEPS.get(method, options.test_steps) if len(mean) > 1 else 0
         published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
         rows += report.rows_over_steps(
             mean,
@@ -78,7 +80,7 @@ def execute(options: Options, run: runner.Run) -> None:
             protocol=options.protocol + ", inductive" * (options.statistics == "inductive"),
             metric="accuracy in %",
             tasks=eval_tasks(options),
-            published={} if published is None else {options.test_steps if len(mean) > 1 else 0: published},
+            published={} if published is None else {published_step: published},
             source=SOURCES.get(method, SOURCE),
             note=", ".join(origin + [f"step size {lr:g}"] * (method in TUNED)),
             **run.effort(method, best=True) | {"meta_updates": num_updates},

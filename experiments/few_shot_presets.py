@@ -14,6 +14,7 @@ SOURCES = {  # of methods that are not in that table
     "boil": "Oh et al. 2021",
     "prototypical": "Snell et al. 2017, tables 1 and 2",
 }
+PUBLISHED_STEPS = {"meta_sgd": 1}  # after how many steps, where that is not the paper's number
 PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("omniglot", "strided_conv", 5, 1, "maml"): 98.7,
     ("omniglot", "strided_conv", 5, 5, "maml"): 99.9,
@@ -208,7 +209,7 @@ def eval_tasks(options: Options) -> int:
 
 def check_features(options: Options) -> None:
     """`--features` is given only to what can use them."""
-    unable = ("meta_sgd", "pretrained", "random", "siamese")
+    unable = ("boil", "meta_sgd", "pretrained", "random", "siamese")
     others = [method for method in options.method if method in unable]
     if options.features is not None and (others or options.seeds > 1):
         given = f"--method {' '.join(others)}" if others else f"--seeds {options.seeds}"

@@ -222,7 +222,8 @@ def with_context(model: Model, size: int) -> Model:
         return {"context": jnp.zeros(size), "network": model.init(key)}
 
     def apply(params: PyTree, x: Array) -> Array:
-        context = jnp.broadcast_to(params["context"].astype(x.dtype), (*x.shape[:-1], size))
+        dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else params["context"].dtype
+        context = jnp.broadcast_to(params["context"].astype(dtype), (*x.shape[:-1], size))
         return model.apply(params["network"], jnp.concatenate([x, context], axis=-1))
 
     return Model(init, apply)

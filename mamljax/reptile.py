@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 
@@ -31,14 +32,14 @@ def reptile(
 
     $\theta \leftarrow \theta + \epsilon \frac1B \sum_{i=1}^B (\theta_i' - \theta)$, where $\theta_i'$ comes from $\theta$ by
     `inner_steps` steps of `rule`: with `tx=optax.sgd(epsilon)`, gradient descent on $\frac12 \|\theta - \theta_i'\|^2$ with
-    $\theta_i'$ as a constant. It is of first order. Each step is on the next few of the task's examples, of both sets, and
-    after the last begins with the first again; a single step would be training on all tasks at once.
+    $\theta_i'$ as a constant. It is of first order. Each step is on the next few of the task's examples, those of both sets in
+    an order that mixes them and is always the same, and after the last it begins with the first again.
 
     Args:
         model: the network.
         loss_fn: (outputs, targets) -> scalar, the mean over examples.
         rule: the inner step size, or any Optax transformation; Adam without momentum in the paper.
-        inner_steps: steps on a task in training.
+        inner_steps: steps on a task in training, at least 2: a single one would be training on all tasks at once.
         batch_size: examples of a step, at most those of the task.
         eval_steps: steps of `rule` in evaluation, each on the whole support set.
         tx: the outer optimiser.
@@ -50,11 +51,12 @@ def reptile(
         `evaluate` returns the `loss` and the metrics on the query set, each [eval_steps + 1].
 
     Raises:
-        ValueError: a count below 1, a step size that is not positive and finite; at the first update, a malformed task, or one
-            of fewer examples than `batch_size`.
+        ValueError: a count that is too low, a step size that is not positive and finite; at the first update, a malformed task,
+            or one of fewer examples than `batch_size`.
     """
-    for name, count in (("inner_steps", inner_steps), ("batch_size", batch_size), ("eval_steps", eval_steps)):
-        check_count(name, count)
+    check_count("inner_steps", inner_steps, "With a single one it would be pretrain().", minimum=2)
+    check_count("batch_size", batch_size)
+    check_count("eval_steps", eval_steps)
     rule = as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=False)
 
     def half_squared_distance(params: PyTree, task: Task) -> Array:
@@ -62,7 +64,8 @@ def reptile(
         pooled = jax.tree.map(lambda *parts: jnp.concatenate(parts), task.support, task.query)
         if batch_size > len(pooled.y):
             raise ValueError(f"batch_size must be at most the {len(pooled.y)} examples of a task, got {batch_size}.")
-        in_turn = (jnp.arange(inner_steps * batch_size) % len(pooled.y)).reshape(inner_steps, batch_size)
+        mixed = np.random.default_rng(0).permutation(len(pooled.y))  # images of an episode come class by class
+        in_turn = mixed[np.arange(inner_steps * batch_size) % len(mixed)].reshape(inner_steps, batch_size)
 
         def loss(params: PyTree, batch: Examples) -> Array:
             return loss_fn(model.apply(params, batch.x), batch.y)

@@ -108,6 +108,8 @@ def test_a_context_stands_beside_every_input():
     x = jax.random.normal(jax.random.key(1), (5, 2))
     beside = jnp.concatenate([x, jnp.tile(params["context"], (5, 1))], axis=1)
     np.testing.assert_array_equal(model.apply(params, x), network.apply(params["network"], beside))
+    whole = model.apply(params | {"context": jnp.array([0.5, 0.25, -1.5])}, jnp.ones((1, 2), jnp.int32))
+    np.testing.assert_array_equal(whole, network.apply(params["network"], jnp.array([[1, 1, 0.5, 0.25, -1.5]])))
     with pytest.raises(ValueError, match="the size of a context must be a whole number of at least 1, got 0"):
         with_context(network, 0)
 

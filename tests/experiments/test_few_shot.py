@@ -196,7 +196,7 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         (["--features", "nowhere"], "nowhere holds no training run"),
         (
             ["--features", "nowhere", "--method", "random"],
-            "--features are for one seed and --method maml fomaml anil boil",
+            "--features are for one seed and --method maml fomaml anil fine_tuning",
         ),
         (["--features", "nowhere", "--seeds", 2], "got --seeds 2."),
         (["--filters", 0], "--filters must be a whole number of at least 1"),
@@ -379,6 +379,7 @@ def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
     )
     assert "--steps must be a whole number of at least 1, got 0" in error(finished, support, query, out, "--steps", 0)
     assert "Give --inner-lr" in error(finished, support, query, out, "--method", "pretrained")
+    assert "Leave --inner-lr out" in error(finished, support, query, out, "--method", "meta_sgd", "--inner-lr", 0.1)
     assert "--out must be the file to write" in error(finished, support, query, out.parent)
     assert "cannot read the directory" in error(finished, tmp_path / "none", query, out)
     (support / "class9").rename(tmp_path / "class9")
