@@ -143,8 +143,9 @@ class Options(runner.Options):
     """Arithmetic of products, where the device has others than float32; parameters are always float32."""
     features: Path | None = None
     """Features to begin with: those of a classifier that nearest_neighbour or fine_tuning trained, its best in validation, in
-    OUT/checkpoints/METHOD of their run with the same network. MAML goes on from there, with an output layer of zeros, and so do
-    matching and prototypical networks; the two themselves are evaluated with them and train none."""
+    OUT/checkpoints/METHOD of their run with the same network. MAML goes on from there, with an output layer of zeros, first
+    order and anil as well, and so do matching and prototypical networks; the two themselves are evaluated with them and train
+    none."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy after the training; the
     first also serves for validation during it."""
