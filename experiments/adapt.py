@@ -80,7 +80,7 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
     support = Examples(load([file for of_class in files for file in of_class], run), labels)
 
-    jax.config.update("jax_default_matmul_precision", run.precision)
+    few_shot.set_precision(run)
     image = jnp.zeros(image_shape(run))
     nothing = dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled"))  # it learns no more
     data = Data(image, run.ways, **nothing)

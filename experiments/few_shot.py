@@ -55,7 +55,7 @@ TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tunin
 
 def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
-    jax.config.update("jax_default_matmul_precision", options.precision)
+    set_precision(options)
     check_features(options)
     data, origin = load(options), origin_of_features(options)
     run.config["bank"] = data.checksum
@@ -93,6 +93,12 @@ def execute(options: Options, run: runner.Run) -> None:
         draw_episodes(method, options, data, *trained[method], options.out / f"episodes_{method}.png")
 
 
+def set_precision(options: Options) -> None:
+    """Let products be as precise as `--precision` says; those of bfloat16 are already, by the numbers that they multiply."""
+    of_float32 = "tensorfloat32" if options.precision == "bfloat16" else options.precision
+    jax.config.update("jax_default_matmul_precision", of_float32)
+
+
 def build_network(options: Options, image: Array, ways: int | None) -> Model:
     """Build the network for images like [1, H, W, C]; without ways, its features alone."""
     norm = functools.partial(
@@ -105,7 +111,8 @@ def build_network(options: Options, image: Array, ways: int | None) -> Model:
         "pooled_conv": image_models.PooledConvNet(ways, options.filters, norm=norm),
         "fully_connected": image_models.FullyConnectedNet(ways, norm=norm),
     }
-    return models.from_linen(modules[options.network], image)
+    network = models.from_linen(modules[options.network], image)
+    return models.mixed_precision(network) if options.precision == "bfloat16" else network
 
 
 def adapted_by(method: Method, options: Options, image: Array, rule: Rule) -> tuple[Model, optax.GradientTransformation]:

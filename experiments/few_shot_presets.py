@@ -140,7 +140,8 @@ class Options(runner.Options):
     """Tasks differentiated or evaluated at a time, a divisor of --num-tasks; by default one on a CPU, elsewhere all of a
     meta-batch."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
-    """Arithmetic of products, where the device has others than float32; parameters are always float32."""
+    """Arithmetic of products, where the device has others than float32; with bfloat16 that of the whole network, but for the
+    statistics of normalisation. Parameters, the loss and the optimiser are always float32."""
     features: Path | None = None
     """Features to begin with: those of a classifier that nearest_neighbour or fine_tuning trained, its best in validation, in
     OUT/checkpoints/METHOD of their run with the same network. MAML goes on from there, with an output layer of zeros, first
@@ -157,6 +158,7 @@ class Options(runner.Options):
     free = (
         *runner.Options.free,
         *("data_dir", "cache_dir", "images_on", "chunk_size", "eval_steps", "eval_tasks"),
+        "precision",  # it depends on the device, of which there may be another by then
     )
 
 

@@ -100,7 +100,7 @@ class Run:
         self.config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
         fixed = {name: value for name, value in self.config.items() if name not in options.free}
         defaults = {field.name: field.default for field in dataclasses.fields(options) if field.name in fixed}
-        claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults)
+        claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults, free=options.free)
         several = options.distributed or (options.devices or 1) > 1
         self.mesh = task_mesh(options.devices) if several else None
         self.keys = jax.vmap(jax.random.key)(np.uint32(options.seed) + np.arange(options.seeds, dtype=np.uint32))

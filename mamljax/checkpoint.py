@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,9 @@ class Checkpoints:
         (self.directory / "steps" / str(step)).rename(aside / str(step))
 
 
-def claim_directory(directory: Path, config: dict[str, Any], *, defaults: Mapping[str, Any] = {}) -> None:
+def claim_directory(
+    directory: Path, config: dict[str, Any], *, defaults: Mapping[str, Any] = {}, free: Collection[str] = ()
+) -> None:
     """Write `config.json` into a directory, or check that the one in there says the same.
 
     One of a command that was refused, and so left nothing else, is replaced.
@@ -141,6 +143,7 @@ def claim_directory(directory: Path, config: dict[str, Any], *, defaults: Mappin
         config: JSON values.
         defaults: what entries that are not in there count as: a run of an earlier version lacks those that came later, whose
             defaults must let it go on as it began.
+        free: entries in there that count for nothing: those of an earlier version that may differ since.
 
     Raises:
         CheckpointError: it says something else, cannot be read, or the directory cannot be written.
@@ -150,7 +153,7 @@ def claim_directory(directory: Path, config: dict[str, Any], *, defaults: Mappin
     config = {name: _json_value(name, value) for name, value in config.items()}
     if not path.exists():
         _write_config(path, config)
-    found = {**defaults, **read_config(directory)}
+    found = {**defaults, **{name: value for name, value in read_config(directory).items() if name not in free}}
     keys = [key for key in sorted(config.keys() | found.keys()) if json.dumps(config.get(key)) != json.dumps(found.get(key))]
     if keys and found.keys() == config.keys() and not _is_used(directory):
         _write_config(path, config)

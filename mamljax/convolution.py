@@ -56,10 +56,11 @@ def _product_in_parts(rows: Array, filters: Array) -> Array:
     """The same, with a copy of the filters for each part of the rows.
 
     The filters' gradient is small and a sum over all rows, which as one product would leave most of a GPU idle; that of the
-    copies is many at once, and their sum.
+    copies is many at once, and their sum, in float32 at least.
     """
     parts = next(parts for parts in range(max(1, len(rows) // PART_ROWS), 0, -1) if len(rows) % parts == 0)
-    copies = jnp.broadcast_to(filters, (parts, *filters.shape))
+    summed = filters.astype(jnp.promote_types(filters.dtype, jnp.float32))
+    copies = jnp.broadcast_to(summed, (parts, *filters.shape)).astype(filters.dtype)
     return lax.batch_matmul(rows.reshape(parts, -1, rows.shape[1]), copies).reshape(len(rows), -1)
 
 

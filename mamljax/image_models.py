@@ -37,11 +37,12 @@ class BatchStatNorm(linen.Module):
         if self.use_scale:
             factor *= _channels(self.param("scale", linen.initializers.ones, mean.shape[-1:]), mean.ndim)
         shift = _channels(self.param("shift", linen.initializers.zeros, mean.shape[-1:]), mean.ndim)
-        return lambda x: (x - mean) * factor + shift
+        return lambda x: ((x - mean) * factor + shift).astype(x.dtype)
 
 
 def moments(x: Array) -> tuple[Array, Array]:
-    """The mean and the variance of each channel in each example [n, ..., C]: both [n, 1, ..., C]."""
+    """The mean and the variance of each channel in each example [n, ..., C]: both [n, 1, ..., C], in float32 at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     axes = tuple(range(1, x.ndim - 1))
     mean = x.mean(axes, keepdims=True)
     return mean, ((x - mean) ** 2).mean(axes, keepdims=True)

@@ -154,6 +154,13 @@ def test_an_entry_that_came_later_counts_as_its_default(tmp_path):
             claim_directory(tmp_path, config, **later)
 
 
+def test_a_run_goes_on_with_a_version_that_has_set_an_option_free(tmp_path):
+    claim_directory(tmp_path, {"shots": 1, "precision": "float32"})
+    claim_directory(tmp_path, {"shots": 1}, free=("precision",))
+    with pytest.raises(CheckpointError, match="another configuration"):
+        claim_directory(tmp_path, {"shots": 1})
+
+
 def test_the_configuration_of_a_refused_command_is_replaced(tmp_path):
     claim_directory(tmp_path, {"shots": 30})
     claim_directory(tmp_path, {"shots": 1})

@@ -14,7 +14,7 @@ from mamljax import convolution
 from mamljax.image_models import BatchStatNorm, Conv3x3, FullyConnectedNet, PooledConvNet, StridedConvNet, _max_pool
 from mamljax.inner import adapt
 from mamljax.losses import cross_entropy
-from mamljax.models import from_linen
+from mamljax.models import from_linen, mixed_precision
 
 KEY = jax.random.key(0)
 IMAGES = jax.random.uniform(jax.random.key(1), (5, 28, 28, 1))
@@ -48,6 +48,33 @@ def test_convolution_on_a_gpu_is_the_same_in_parts(stride, parts, monkeypatch):
     monkeypatch.setattr(convolution, "PART_ROWS", 7)
     program = check_convolution(Conv3x3(4, stride=stride), (6, 4, 4, 3))
     assert f"f64[{parts},8,27]" in program
+
+
+@pytest.mark.parametrize(("net", "backend"), [(StridedConvNet(5, 16), "cpu"), (PooledConvNet(5, 16), "gpu")])
+def test_meta_gradients_in_mixed_precision_are_near_those_in_float32(net, backend, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    whole = from_linen(net, IMAGES[:1])
+    params = whole.init(KEY)
+    classes = jax.image.resize(jax.random.uniform(KEY, (5, 4, 4, 1)), IMAGES.shape, "linear")
+    images = jnp.tile(classes, (3, 1, 1, 1)) + 0.1 * jax.random.normal(KEY, (15, *IMAGES.shape[1:]))
+    labels = jnp.arange(15) % 5
+
+    def gradient(model):
+        def meta_loss(params):
+            def loss(params, entry):
+                return cross_entropy(model.apply(params, images), labels)
+
+            adapted, _ = adapt(loss, params, jnp.arange(2), optax.sgd(0.003))
+            return cross_entropy(model.apply(adapted, images[::-1]), labels[::-1])
+
+        grads = jax.jit(jax.grad(meta_loss))(params)
+        # Nothing depends on the biases of convolutions, which normalisation takes away again.
+        parts = [leaf for path, leaf in jax.tree.leaves_with_path(grads) if "bias" not in str(path)]
+        assert {leaf.dtype for leaf in parts} == {jnp.dtype("float32")}
+        return jnp.concatenate([leaf.ravel() for leaf in parts])
+
+    half, exact = gradient(mixed_precision(whole)), gradient(whole)
+    assert half @ exact > 0.95 * jnp.linalg.norm(half) * jnp.linalg.norm(exact)
 
 
 def check_convolution(conv, shape):

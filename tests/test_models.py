@@ -9,7 +9,7 @@ from flax import linen, nnx
 
 from mamljax.losses import mse
 from mamljax.maml import maml
-from mamljax.models import from_linen, from_nnx, mlp, with_context, with_linear_head
+from mamljax.models import from_linen, from_nnx, mixed_precision, mlp, with_context, with_linear_head
 from mamljax.types import Examples, Model, Task
 
 KEY = jax.random.key(0)
@@ -117,3 +117,21 @@ def test_a_context_stands_beside_every_input():
 def test_head_needs_flat_features():
     with pytest.raises(ValueError, match=r"features must be \[n, d\], got \[1, 4, 4, 1\]. Flatten them"):
         with_linear_head(Model(lambda key: {}, lambda params, x: x), jnp.zeros((1, 4, 4, 1)), 3)
+
+
+def test_mixed_precision_calculates_in_half_precision_between_whole_numbers():
+    seen = []
+
+    def apply(params, x):
+        seen.append((params["w"].dtype, x.dtype))
+        return x * params["w"], params["w"]
+
+    model = mixed_precision(Model(lambda key: {"w": jnp.float32(1.0)}, apply))
+    product, weight = model.apply({"w": jnp.float32(1 + 2**-7)}, jnp.array([1 + 2**-12, 3.0]))
+    assert seen == [(jnp.bfloat16, jnp.bfloat16)]
+    assert product.dtype == weight.dtype == jnp.float32
+    np.testing.assert_array_equal(product, [1 + 2**-7, 3.03125])  # of 3.0234375, as near as bfloat16 is to it
+    model.apply({"w": jnp.float32(1.0)}, jnp.array([1, 3]))
+    assert seen[1] == (jnp.bfloat16, jnp.int32)
+    with pytest.raises(ValueError, match=r"dtype must be one of floating-point numbers, got int32. Take jnp.bfloat16"):
+        mixed_precision(model, jnp.int32)
