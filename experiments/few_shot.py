@@ -67,7 +67,7 @@ def execute(options: Options, run: runner.Run) -> None:
         with run.sharing():
             lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
             learner = build_learner(method, options, data, eval_steps=options.eval_steps, rule=lr)
-            sizes = {"num_tasks": eval_tasks(options), "batch_size": runner.tasks_at_a_time(options)}
+            sizes = {"num_tasks": eval_tasks(options), "batch_size": runner.tasks_at_a_time(options, at_least=40)}
             scores = accuracies(learner, states, data.test, seed=TEST_SEED, **sizes)
         mean, ci95 = mean_and_ci95(100 * scores)
         published_step = PUBLISHED_STEPS.get(method, options.test_steps) if len(mean) > 1 else 0
@@ -173,7 +173,7 @@ def train(method: Method, options: Options, data: Data, run: runner.Run) -> tupl
 
     def validation_error(sample: SampleFn, state: State) -> Array:
         key = jax.random.key(VALIDATION_SEED)
-        sizes = {"num_tasks": options.validation_tasks, "batch_size": runner.tasks_at_a_time(options)}
+        sizes = {"num_tasks": options.validation_tasks, "batch_size": runner.tasks_at_a_time(options, at_least=40)}
         scores = evaluate(learner, state, sample, key=key, **sizes)
         return 1 - scores["accuracy"][:, -1].mean()
 
@@ -220,7 +220,7 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
     @jax.jit
     def score(lr: Array, states: State, sample: SampleFn) -> Array:
         learner = build_learner(method, options, data, eval_steps=options.test_steps, rule=optax.sgd(lr))
-        sizes = {"num_tasks": options.validation_tasks, "batch_size": runner.tasks_at_a_time(options)}
+        sizes = {"num_tasks": options.validation_tasks, "batch_size": runner.tasks_at_a_time(options, at_least=40)}
         scores = accuracies(learner, states, sample, seed=VALIDATION_SEED, **sizes)
         return scores[..., -1].mean()
 

@@ -162,9 +162,12 @@ class Run:
         return results
 
 
-def tasks_at_a_time(options: AnyOptions) -> int:
-    """`--chunk-size`, or what is best by default: one task on a CPU, whose cache holds it; elsewhere a whole meta-batch."""
-    return options.chunk_size or (1 if jax.default_backend() == "cpu" else options.num_tasks)
+def tasks_at_a_time(options: AnyOptions, *, at_least: int = 1) -> int:
+    """`--chunk-size`, or what is best by default: one task on a CPU, whose cache holds it; elsewhere a whole meta-batch.
+
+    Evaluation, which has no second derivatives, takes `at_least` so many elsewhere.
+    """
+    return options.chunk_size or (1 if jax.default_backend() == "cpu" else max(options.num_tasks, at_least))
 
 
 def _check_ranges(options: Options) -> None:
