@@ -234,13 +234,31 @@ def test_presets_state_the_settings_of_the_paper():
         assert ("omniglot" not in p.preset) or p.queries == p.shots
 
 
+@pytest.mark.parametrize("precision", ["float32", "tensorfloat32", "bfloat16"])
+def test_precision_is_that_of_products_or_of_the_whole_network(precision):
+    options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], precision=precision)
+    image = jnp.zeros((1, 28, 28, 1))
+    network = few_shot.build_network(options, image, 5)
+    params = jax.eval_shape(network.init, jax.random.key(0))
+    before = jax.config.jax_default_matmul_precision
+    try:
+        few_shot.set_precision(options)
+        program = str(jax.make_jaxpr(network.apply)(params, image))
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+    assert ("bf16[1,28,28,1]" in program) == (precision == "bfloat16")
+    assert ("Precision.HIGHEST" in program) == (precision == "float32")
+    assert network.apply(jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params), image).dtype == jnp.float32
+
+
 def test_tasks_at_a_time(monkeypatch):
-    """One on a CPU, a meta-batch elsewhere, unless something else is asked for."""
+    """One on a CPU, a meta-batch elsewhere, in evaluation more; unless something else is asked for."""
     chosen = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], chunk_size=4)
     for backend, by_default in (("cpu", 1), ("gpu", 32)):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert runner.tasks_at_a_time(few_shot.PRESETS["omniglot-5w1s"]) == by_default
-        assert runner.tasks_at_a_time(chosen) == 4
+        assert runner.tasks_at_a_time(chosen) == runner.tasks_at_a_time(chosen, at_least=40) == 4
+    assert runner.tasks_at_a_time(few_shot.PRESETS["omniglot-5w1s"], at_least=40) == 40
 
 
 @pytest.mark.parametrize(
