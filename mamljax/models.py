@@ -233,7 +233,8 @@ def with_context(model: Model, size: int) -> Model:
 def mixed_precision(model: Model, dtype: DTypeLike = jnp.bfloat16) -> Model:
     """Let a network calculate in half precision; its parameters and outputs, and so all gradients, stay as they are.
 
-    Activations take half of the memory, and half of the time where that is what time goes to, as on a GPU.
+    Activations take half of the memory, and less time where that goes to reading and writing them, as on a GPU. On a CPU it
+    takes longer.
 
     Args:
         model: a network whose normalisation takes its statistics in float32, as `image_models.BatchStatNorm` does.
