@@ -60,8 +60,9 @@ class Options:
     """Episodes of images in a meta-batch."""
     image_size: int = 28
     """Height and width of an image in pixels."""
-    precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
-    """Arithmetic of products; with bfloat16 that of the whole network (`models.mixed_precision`)."""
+    precision: Literal["float32", "tensorfloat32", "bfloat16"] | None = None
+    """Arithmetic of products, by default JAX's choice for the device; with bfloat16 that of the whole network
+    (`models.mixed_precision`)."""
     memory_mb: int | None = None
     """Temporary memory that a program may take; by default what the device has left. A setting that takes more gets a row
     that says so."""
@@ -169,12 +170,12 @@ def program(mode: str, setting: Setting, steps: int, limit: float) -> Program:
 def measure(options: Options) -> list[report.Row]:
     """Rows of every setting."""
     rows = []
-    jax.config.update("jax_default_matmul_precision", options.precision)
     for setting in settings(options):
         if options.precision == "bfloat16":
             setting = setting._replace(model=mixed_precision(setting.model))
         for steps in setting.inner_steps:
-            rows += compare(options, setting, steps)
+            with jax.default_matmul_precision(options.precision):
+                rows += compare(options, setting, steps)
             print(f"{setting.name}, {steps} inner steps: done", file=sys.stderr)
     return rows
 

@@ -103,7 +103,7 @@ def read_options(directory: Path) -> few_shot.Options:
         config = read_config(directory)
         if config.pop("experiment") != "few_shot":
             raise ValueError("it is of another experiment")
-        return few_shot.Options(**config)
+        return few_shot.Options(**config | {"precision": "float32"})  # for a few images, whatever it was trained with
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory} is no output directory of few_shot.py ({error}).") from error
 

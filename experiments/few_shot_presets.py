@@ -141,7 +141,8 @@ class Options(runner.Options):
     meta-batch."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Arithmetic of products, where the device has others than float32; with bfloat16 that of the whole network, but for the
-    statistics of normalisation. Parameters, the loss and the optimiser are always float32."""
+    statistics of normalisation. Parameters, the loss and the optimiser are always float32. A run may go on with another one;
+    its results then name the last."""
     features: Path | None = None
     """Features to begin with: those of a classifier that nearest_neighbour or fine_tuning trained, its best in validation, in
     OUT/checkpoints/METHOD of their run with the same network. MAML goes on from there, with an output layer of zeros, first

@@ -165,7 +165,7 @@ class Run:
 def tasks_at_a_time(options: AnyOptions, *, at_least: int = 1) -> int:
     """`--chunk-size`, or what is best by default: one task on a CPU, whose cache holds it; elsewhere a whole meta-batch.
 
-    Evaluation, which has no second derivatives, takes `at_least` so many elsewhere.
+    Where it is a whole meta-batch, it is `at_least` so many: evaluation, which has no second derivatives, has room for more.
     """
     return options.chunk_size or (1 if jax.default_backend() == "cpu" else max(options.num_tasks, at_least))
 

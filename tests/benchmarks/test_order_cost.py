@@ -28,6 +28,24 @@ def test_writes_time_arithmetic_and_memory_of_every_mode(tmp_path, monkeypatch, 
     assert "time relative to first order" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("precision", [None, "float32", "bfloat16"])
+def test_precision_is_that_of_products_or_of_the_whole_network(precision, monkeypatch):
+    programs = []
+
+    def compare(options, setting, steps):
+        params = jax.eval_shape(setting.model.init, jax.random.key(0))
+        programs.append(str(jax.make_jaxpr(setting.model.apply)(params, setting.tasks.query.x[0])))
+        return []
+
+    monkeypatch.setattr(order_cost, "compare", compare)
+    order_cost.measure(
+        order_cost.Options(problem=("sinusoid",), widths=(4,), points=(5,), inner_steps=(1,), precision=precision)
+    )
+    assert [("bf16" in program, "HIGHEST" in program) for program in programs] == [
+        (precision == "bfloat16", precision == "float32")
+    ]
+
+
 def test_settings_change_one_thing_at_a_time():
     sizes = {"num_tasks": 1, "num_episodes": 1, "image_size": 2}
     options = order_cost.Options(widths=(4, 8), points=(5, 6), ways=(2,), shots=(1, 3), filters=(2, 4), **sizes)
