@@ -40,8 +40,9 @@ from mamljax.checkpoint import CheckpointError
 from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import fine_tune, maml
+from mamljax.maml_plus_plus import maml_plus_plus
 from mamljax.record import read_metrics
-from mamljax.rules import Rule, all_but, learned_step_sizes
+from mamljax.rules import Rule, all_but, learned_by_step, learned_step_sizes
 from mamljax.train import read_best
 from mamljax.types import MetaLearner, Model, PyTree, SampleFn, State, Task, as_argument
 
@@ -127,14 +128,25 @@ def adapted_by(method: Method, options: Options, image: Array, rule: Rule) -> tu
             frozen = (*frozen, *(all_layers - below))
         case "meta_sgd":
             network, rule = learned_step_sizes(network, rule)
+        case "maml++":
+            network, rule = learned_by_step(network, rule, options.inner_steps, own=frozen)
     return network, all_but(tuple(frozen), rule)
+
+
+def outer_optimiser(options: Options) -> optax.GradientTransformation:
+    """Adam, whose step size falls if it is to, after clipping."""
+    lr = options.meta_lr
+    adam = optax.adam(lr if options.annealing is None else optax.cosine_decay_schedule(lr, options.annealing, alpha=0.01))
+    return adam if options.clip is None else optax.chain(optax.clip(options.clip), adam)
 
 
 def build_learner(method: Method, options: Options, data: Data, *, eval_steps: int, rule: Rule) -> MetaLearner:
     """Build the learner of a method, which adapts by the rule, if at all."""
-    tx = optax.adam(options.meta_lr)
-    tx = tx if options.clip is None else optax.chain(optax.clip(options.clip), tx)
-    shared = {"tx": tx, "metric_fns": {"accuracy": accuracy}, "chunk_size": runner.tasks_at_a_time(options)}
+    shared = {
+        "tx": outer_optimiser(options),
+        "metric_fns": {"accuracy": accuracy},
+        "chunk_size": runner.tasks_at_a_time(options),
+    }
     network, adaptation_rule = adapted_by(method, options, data.image, rule)
     adaptation = {"rule": adaptation_rule, "eval_steps": eval_steps}
     classifier = {"num_classes": data.num_classes, "ways": options.ways}
@@ -144,6 +156,10 @@ def build_learner(method: Method, options: Options, data: Data, *, eval_steps: i
             differentiation = "first_order" if method == "fomaml" else options.differentiation
             adaptation |= {"inner_steps": options.inner_steps, "differentiation": differentiation}
             return maml(network, cross_entropy, **adaptation, **shared)
+        case "maml++":
+            adaptation |= {"inner_steps": options.inner_steps, "differentiation": options.differentiation}
+            adaptation |= {"multi_step_updates": options.multi_step_updates}
+            return maml_plus_plus(network, cross_entropy, **adaptation, **shared)
         case "pretrained" | "random":
             return pretrain(network, cross_entropy, **adaptation, **shared)
         case "fine_tuning":

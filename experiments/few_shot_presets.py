@@ -11,6 +11,7 @@ from mamljax.data.omniglot import Split
 SOURCE = "Finn et al. 2017, table 1"
 SOURCES = {  # of methods that are not in that table
     "meta_sgd": "Li et al. 2017",
+    "maml++": "Antoniou et al. 2019",
     "boil": "Oh et al. 2021",
     "prototypical": "Snell et al. 2017, tables 1 and 2",
 }
@@ -38,6 +39,12 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("miniimagenet", "pooled_conv", 5, 5, "meta_sgd"): 64.03,
     ("miniimagenet", "pooled_conv", 5, 1, "boil"): 49.61,
     ("miniimagenet", "pooled_conv", 5, 5, "boil"): 66.45,
+    ("omniglot", "strided_conv", 5, 1, "maml++"): 99.47,
+    ("omniglot", "strided_conv", 5, 5, "maml++"): 99.85,
+    ("omniglot", "strided_conv", 20, 1, "maml++"): 97.65,
+    ("omniglot", "strided_conv", 20, 5, "maml++"): 99.33,
+    ("miniimagenet", "pooled_conv", 5, 1, "maml++"): 52.15,
+    ("miniimagenet", "pooled_conv", 5, 5, "maml++"): 68.32,
     ("omniglot", "strided_conv", 5, 1, "matching"): 98.1,
     ("omniglot", "strided_conv", 5, 5, "matching"): 98.9,
     ("omniglot", "strided_conv", 20, 1, "matching"): 93.8,
@@ -58,13 +65,15 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
 Preset = Literal[
     *("omniglot-5w1s", "omniglot-5w5s", "omniglot-20w1s", "omniglot-20w5s", "omniglot-5w1s-fc", "omniglot-5w5s-fc"),
     *("miniimagenet-5w1s", "miniimagenet-5w5s"),
+    *("omniglot-5w1s-maml++", "omniglot-5w5s-maml++", "omniglot-20w1s-maml++", "omniglot-20w5s-maml++"),
+    *("miniimagenet-5w1s-maml++", "miniimagenet-5w5s-maml++"),
 ]
 Method = Literal[
-    *("maml", "fomaml", "anil", "boil", "meta_sgd", "pretrained", "random", "fine_tuning", "nearest_neighbour"),
+    *("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "pretrained", "random", "fine_tuning", "nearest_neighbour"),
     *("matching", "siamese", "prototypical"),
 ]
 
-MAML = ("maml", "fomaml", "anil", "boil", "meta_sgd")  # they learn to adapt
+MAML = ("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++")  # they learn to adapt
 TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
 
 
@@ -73,12 +82,12 @@ class Options(runner.Options):
     """Few-shot classification of images, by default Omniglot 5-way 1-shot as in the paper and its code."""
 
     preset: Preset = "omniglot-5w1s"
-    """Values for all options below and above, one preset for each cell of the paper's table."""
+    """Values for all options below and above, one preset for each cell of the paper's table, and one more for MAML++."""
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil) or all but that
-    (boil), or that learns a step size for each parameter (meta_sgd); one network for all episodes, an untrained one; and a
-    classifier over all training classes, with its output layer renewed and everything fine-tuned, or its features compared.
-    Matching, siamese and prototypical networks learn from episodes to compare."""
+    (boil), that learns a step size for each parameter (meta_sgd) or for each layer and step (maml++); one network for all
+    episodes, an untrained one; and a classifier over all training classes, with its output layer renewed and everything
+    fine-tuned, or its features compared. Matching, siamese and prototypical networks learn from episodes to compare."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -132,6 +141,10 @@ class Options(runner.Options):
     """Adaptation steps of the paper's number, after which validation chooses the best checkpoint."""
     meta_lr: float = 0.001
     """Step size of Adam, the outer optimiser."""
+    annealing: int | None = None
+    """Meta-updates over which that falls to a hundredth, along a cosine; by default it stays."""
+    multi_step_updates: int = 5_000
+    """MAML++: meta-updates during which the query loss after earlier steps counts too, less and less."""
     clip: float | None = None
     """Bound on each element of the meta-gradient."""
     differentiation: Literal["mixed", "reverse"] = "reverse"
@@ -171,7 +184,10 @@ FC = {"network": "fully_connected"}
 TWENTY_WAY = {"ways": 20, "num_tasks": 16, "inner_steps": 5, "test_steps": 5, "differentiation": "mixed"}
 MINI = {"dataset": "miniimagenet", "network": "pooled_conv", "filters": 32, "num_tasks": 4, "queries": 15, "inner_lr": 0.05}
 MINI |= {"inner_steps": 5, "test_steps": 10, "differentiation": "mixed"}
-# The authors clip to +-10 where the loss is summed over N Q queries and divided by K; here it is their mean.
+PLUS = {"method": ("maml++",), "steps": 50_000, "num_tasks": 8, "inner_steps": 5, "test_steps": 5, "inner_lr": 0.1}
+PLUS |= {"norm": "scale_and_shift", "annealing": 50_000, "differentiation": "mixed"}  # as Antoniou et al. have it
+MINI_PLUS = PLUS | {"num_tasks": 2, "filters": 48, "inner_lr": 0.01, "multi_step_updates": 7_500, "clip": 10}
+# The authors of MAML clip to +-10 where the loss is summed over N Q queries and divided by K; here it is their mean.
 PRESETS = {
     options.preset: options
     for options in (
@@ -183,6 +199,12 @@ PRESETS = {
         _preset("omniglot-5w5s-fc", shots=5, queries=5, **FC),
         _preset("miniimagenet-5w1s", clip=10 / 75, **MINI),
         _preset("miniimagenet-5w5s", shots=5, clip=10 / 15, **MINI),
+        _preset("omniglot-5w1s-maml++", **PLUS),
+        _preset("omniglot-5w5s-maml++", shots=5, queries=5, **PLUS),
+        _preset("omniglot-20w1s-maml++", ways=20, **PLUS),
+        _preset("omniglot-20w5s-maml++", ways=20, shots=5, queries=5, **PLUS),
+        _preset("miniimagenet-5w1s-maml++", **MINI | MINI_PLUS),
+        _preset("miniimagenet-5w5s-maml++", shots=5, **MINI | MINI_PLUS),
     )
 }
 
@@ -213,7 +235,7 @@ def eval_tasks(options: Options) -> int:
 
 def check_features(options: Options) -> None:
     """`--features` is given only to what can use them."""
-    unable = ("boil", "meta_sgd", "pretrained", "random", "siamese")
+    unable = ("boil", "meta_sgd", "maml++", "pretrained", "random", "siamese")
     others = [method for method in options.method if method in unable]
     if options.features is not None and (others or options.seeds > 1):
         given = f"--method {' '.join(others)}" if others else f"--seeds {options.seeds}"

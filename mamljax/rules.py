@@ -11,7 +11,7 @@ import optax
 from jax import Array, lax
 from jax.core import Tracer
 
-from mamljax.checks import check_params
+from mamljax.checks import check_count, check_params
 from mamljax.types import Model, PyTree
 
 Rule = float | optax.GradientTransformation  # a step size stands for gradient descent
@@ -106,6 +106,59 @@ def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.Grad
     return Model(init, lambda params, x: model.apply(params["theta"], x)), optax.stateless(step)
 
 
+def learned_by_step(
+    model: Model, inner_lr: float, inner_steps: int, own: str | Sequence[str] = ()
+) -> tuple[Model, optax.GradientTransformation]:
+    r"""Let each adaptation step have learned step sizes of its own, and parameters such as those of normalisation (MAML++).
+
+    $\theta_{i+1} = \theta_i - \alpha_{i,l} \nabla L_i^{support}(\theta_i)$ with a number $\alpha_{i,l}$ for each step i and
+    each array l of parameters (Antoniou et al. 2019, arXiv 1810.09502, section 4).
+
+    Args:
+        model: the network.
+        inner_lr: the value at which all step sizes begin; positive and finite.
+        inner_steps: S, steps that have step sizes of their own; further ones in evaluation go on with the last.
+        own: names on the paths of parameters, as for `all_but`, of which the network has other values after each step. They
+            are learned by the outer loop alone if the rule is wrapped, `all_but(own, rule)`.
+
+    Returns:
+        A model whose params are a dict of "theta", the network's, those named by `own` with a leading axis [S + 1]; of
+        "step_sizes" with their structure, each [S]; and of "step", which counts the steps taken. And the rule that goes with
+        it; give both to `maml`, or to `maml_plus_plus`.
+
+    Raises:
+        ValueError: the step size is not positive and finite, a count below 1, a name that no parameter and no layer has.
+    """
+    as_rule(inner_lr, {}, differentiable=True)
+    check_count("inner_steps", inner_steps)
+    own = {own} if isinstance(own, str) else {*own}
+
+    def init(key: Array) -> PyTree:
+        theta = model.init(key)
+        named = _named(own, theta)
+        theta = jax.tree.map(lambda leaf, own: jnp.stack([leaf] * (inner_steps + 1)) if own else leaf, theta, named)
+        step_sizes = jax.tree.map(lambda leaf: jnp.full(inner_steps, inner_lr, leaf.dtype), theta)
+        return {"theta": theta, "step_sizes": step_sizes, "step": jnp.zeros(())}
+
+    def apply(params: PyTree, x: Array) -> Array:
+        step = _index(params["step"], inner_steps + 1)
+        named = _named(own, params["theta"])
+        return model.apply(jax.tree.map(lambda leaf, own: leaf[step] if own else leaf, params["theta"], named), x)
+
+    def advance(gradient: PyTree, params: PyTree) -> PyTree:
+        step = _index(params["step"], inner_steps)
+        theta = jax.tree.map(lambda sizes, leaf: -sizes[step] * leaf, params["step_sizes"], gradient["theta"])
+        step_sizes = jax.tree.map(jnp.zeros_like, params["step_sizes"])
+        return {"theta": theta, "step_sizes": step_sizes, "step": jnp.ones_like(params["step"])}
+
+    return Model(init, apply), optax.stateless(advance)
+
+
+def _index(step: Array, length: int) -> Array:
+    """The number of a step, which is a parameter and therefore floating-point, as an index; the last of all beyond."""
+    return jnp.minimum(step.astype(int), length - 1)
+
+
 def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransformation:
     """Adapt all parameters but the named ones, or those of the named layers, which the outer loop alone learns.
 
@@ -124,14 +177,20 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
     """
     frozen = {frozen} if isinstance(frozen, str) else {*frozen}
 
-    def on_path(path: tuple) -> set[str]:
-        return {jax.tree_util.keystr((key,), simple=True) for key in path}
-
     def labels(params: PyTree) -> PyTree:
-        known = set().union(*(on_path(path) for path, _ in jax.tree.leaves_with_path(params)))
-        if missing := sorted(frozen - known):
-            raise ValueError(f"no parameter and no layer is called {missing}. There are {sorted(known)}.")
-        return jax.tree.map_with_path(lambda path, _: "frozen" if on_path(path) & frozen else "adapted", params)
+        return jax.tree.map(lambda named: "frozen" if named else "adapted", _named(frozen, params))
 
     adapted = as_rule(rule, {}, differentiable=False)  # whoever uses it checks its derivatives
     return optax.partition({"frozen": optax.set_to_zero(), "adapted": adapted}, labels)
+
+
+def _named(names: set[str], params: PyTree) -> PyTree:
+    """Which parameters have one of these names on their paths; raises `ValueError` for a name that none has."""
+
+    def on_path(path: tuple) -> set[str]:
+        return {jax.tree_util.keystr((key,), simple=True) for key in path}
+
+    known = set().union(*(on_path(path) for path, _ in jax.tree.leaves_with_path(params)))
+    if missing := sorted(names - known):
+        raise ValueError(f"no parameter and no layer is called {missing}. There are {sorted(known)}.")
+    return jax.tree.map_with_path(lambda path, _: bool(on_path(path) & names), params)

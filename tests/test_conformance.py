@@ -18,9 +18,10 @@ from mamljax.baselines.pretrain import pretrain
 from mamljax.checkpoint import Checkpoints
 from mamljax.losses import mse
 from mamljax.maml import maml
+from mamljax.maml_plus_plus import maml_plus_plus
 from mamljax.models import mlp
 from mamljax.reptile import reptile
-from mamljax.rules import learned_step_sizes
+from mamljax.rules import learned_by_step, learned_step_sizes
 from mamljax.tasks.sinusoid import sinusoid
 
 MODEL = mlp(1, (8, 8), 1)
@@ -34,6 +35,12 @@ def meta_sgd(inner_steps):
     return maml(model, mse, rule=rule, inner_steps=inner_steps, eval_steps=3, **TRAINING)
 
 
+def plus_plus(inner_steps):
+    model, rule = learned_by_step(MODEL, 0.01, inner_steps)
+    sizes = {"inner_steps": inner_steps, "multi_step_updates": 2, "eval_steps": 3}
+    return maml_plus_plus(model, mse, rule=rule, **sizes, **TRAINING)
+
+
 MAML = functools.partial(maml, MODEL, mse, inner_steps=2, eval_steps=3, **TRAINING)
 MULTI_TASK = functools.partial(multi_task, MODEL, mse, task_tx=optax.adam(1e-2), task_steps=3, metric_fns=METRICS)
 PRETRAIN = functools.partial(pretrain, MODEL, mse, **TRAINING)
@@ -44,6 +51,7 @@ LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "fomaml": (MAML(rule=0.01, differentiation="first_order"), 3),
     "maml, adam inside": (MAML(rule=optax.adam(0.01, eps_root=1e-8)), 3),
     "meta-sgd": (meta_sgd(2), 3),
+    "maml++": (plus_plus(2), 3),
     "reptile": (reptile(MODEL, mse, rule=0.01, inner_steps=3, batch_size=4, eval_steps=3, **TRAINING), 3),
     "pretrained": (PRETRAIN(rule=0.01, eval_steps=3), 3),
     "multi-task": (MULTI_TASK(rule=0.01, eval_steps=3, penalty=squared_distance), 3),

@@ -35,6 +35,7 @@ ALLOWED = {
     "evaluate": FOUNDATION | {"devices"},
     "report": FOUNDATION | {"record"},
     "maml": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
+    "maml_plus_plus": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "reptile": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "baselines": FOUNDATION | {"losses", "models", "inner", "rules", "outer", "maml"},
     "rl": FOUNDATION | {"models", "inner", "rules", "devices"},

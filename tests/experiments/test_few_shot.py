@@ -61,7 +61,7 @@ TINY = [
     "0.5",
 ]
 COMPARING = ("nearest_neighbour", "matching", "siamese", "prototypical")
-METHODS = ("maml", "meta_sgd", "random", "fine_tuning", *COMPARING)
+METHODS = ("maml", "meta_sgd", "maml++", "random", "fine_tuning", *COMPARING)
 
 
 def draw_class(rng):
@@ -106,6 +106,7 @@ def finished(images, banks, tmp_path_factory):
 def test_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     figures = {"learning_curves.png", "training_curves.png", "episodes_maml.png", "episodes_meta_sgd.png"}
+    figures |= {"episodes_maml++.png"}
     assert names == figures | {"checkpoints", "config.json", "report.md", "results.json"}
     for name in figures:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
@@ -223,15 +224,40 @@ def test_presets_state_the_settings_of_the_paper():
         "omniglot-5w5s-fc": (32, 1, 3),
         "miniimagenet-5w1s": (4, 5, 10),
         "miniimagenet-5w5s": (4, 5, 10),
+        "omniglot-5w1s-maml++": (8, 5, 5),
+        "omniglot-5w5s-maml++": (8, 5, 5),
+        "omniglot-20w1s-maml++": (8, 5, 5),
+        "omniglot-20w5s-maml++": (8, 5, 5),
+        "miniimagenet-5w1s-maml++": (2, 5, 5),
+        "miniimagenet-5w5s-maml++": (2, 5, 5),
     }
     assert {name: p.clip for name, p in presets.items() if p.clip} == {  # 10 by element of a loss summed over classes
         "miniimagenet-5w1s": pytest.approx(10 / (5 * 15)),
         "miniimagenet-5w5s": pytest.approx(10 * 5 / (5 * 15)),
+        "miniimagenet-5w1s-maml++": 10,  # of the mean
+        "miniimagenet-5w5s-maml++": 10,
     }
-    assert all(p.out.name == name and p.steps == 60_000 for name, p in presets.items())
+    for name, p in presets.items():
+        plus_plus = name.endswith("++")
+        assert p.out.name == name
+        assert p.method == ("maml++" if plus_plus else "maml",)
+        assert (p.steps, p.annealing) == ((50_000, 50_000) if plus_plus else (60_000, None))
     for p in presets.values():
         assert eval_queries(p) == p.shots
         assert ("omniglot" not in p.preset) or p.queries == p.shots
+
+
+def test_the_outer_step_size_falls_to_a_hundredth_if_asked():
+    """Of Adam, whose first updates are of its step size, in the direction of the gradient's sign."""
+    options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], annealing=4, clip=0.5)
+    gradient = {"w": jnp.array([3.0, -0.1])}
+    tx, sizes = few_shot.outer_optimiser(options), []
+    state = tx.init(gradient)
+    for _ in range(6):
+        updates, state = tx.update(gradient, state, gradient)
+        sizes.append(np.asarray(updates["w"]))
+    falling = 1e-3 * np.array([1, 0.8550, 0.505, 0.1550, 0.01, 0.01])
+    np.testing.assert_allclose(sizes, falling[:, None] * np.array([-1, 1]), rtol=1e-3)
 
 
 @pytest.mark.parametrize("precision", ["float32", "tensorfloat32", "bfloat16"])
@@ -269,6 +295,7 @@ def test_tasks_at_a_time(monkeypatch):
         ("anil", {"head"}),
         ("boil", {"body"}),
         ("meta_sgd", {"body", "head"}),
+        ("maml++", {"body", "head", "step"}),
     ],
 )
 def test_what_a_method_adapts(method, moves):
@@ -280,7 +307,7 @@ def test_what_a_method_adapts(method, moves):
     parts = set()
     for path, change in jax.tree.leaves_with_path(rule.update(ones, rule.init(ones), ones)[0]):
         name = jax.tree_util.keystr(path)
-        part = next(part for part in ("alpha", "shift", "Conv3x3", "Dense_0") if part in name)
+        part = next(part for part in ("alpha", "step_sizes", "shift", "Conv3x3", "Dense_0", "step") if part in name)
         if np.any(change):
             parts.add({"Conv3x3": "body", "Dense_0": "head"}.get(part, part))
     assert parts == moves
@@ -337,7 +364,7 @@ def copy(images, folder, *, suffix=".png", mode="L", size=12):
     return folder / "support", folder / "query"
 
 
-@pytest.mark.parametrize("method", ["maml", "meta_sgd"])
+@pytest.mark.parametrize("method", ["maml", "meta_sgd", "maml++"])
 def test_adapt_writes_predictions(finished, images, tmp_path, method):
     support, query = copy(images, tmp_path)
     assert predict(finished, support, query, tmp_path / "out" / "p.csv", "--method", method) == 0
@@ -397,7 +424,8 @@ def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
     )
     assert "--steps must be a whole number of at least 1, got 0" in error(finished, support, query, out, "--steps", 0)
     assert "Give --inner-lr" in error(finished, support, query, out, "--method", "pretrained")
-    assert "Leave --inner-lr out" in error(finished, support, query, out, "--method", "meta_sgd", "--inner-lr", 0.1)
+    for method in ("meta_sgd", "maml++"):
+        assert "Leave --inner-lr out" in error(finished, support, query, out, "--method", method, "--inner-lr", 0.1)
     assert "--out must be the file to write" in error(finished, support, query, out.parent)
     assert "cannot read the directory" in error(finished, tmp_path / "none", query, out)
     (support / "class9").rename(tmp_path / "class9")

@@ -1,0 +1,67 @@
+"""MAML++: the loss of every step, and what it counts."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mamljax.losses import mse
+from mamljax.maml import fine_tune, maml
+from mamljax.maml_plus_plus import maml_plus_plus
+from mamljax.models import mlp
+from mamljax.tasks.sinusoid import sinusoid
+
+MODEL = mlp(1, (8,), 1)
+KEY = jax.random.key(0)
+TASKS = jax.vmap(sinusoid(shots=5, queries=6))(jax.random.split(KEY, 3))
+SHARED = {"rule": 0.05, "inner_steps": 3, "eval_steps": 3, "tx": optax.sgd(0.1)}
+BUILD = functools.partial(maml_plus_plus, MODEL, mse, multi_step_updates=4, **SHARED)
+
+
+def at(path, step):
+    return jax.tree.map(lambda leaf: leaf[step], path)
+
+
+def weighted_loss(params, weights):
+    return jnp.array(weights) / 12 @ losses_by_step(params)
+
+
+def losses_by_step(params):
+    """The mean query loss after each of three steps."""
+
+    def of_task(task):
+        _, path = fine_tune(MODEL, mse, params, task.support, optax.sgd(0.05), 3)
+        return jnp.stack([mse(MODEL.apply(at(path, step), task.query.x), task.query.y) for step in (1, 2, 3)])
+
+    return jax.vmap(of_task)(TASKS).mean(0)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 1])
+def test_earlier_steps_count_less_and_less(chunk_size):
+    """A third each at first, three quarters of that after a quarter of the time, and nothing from its end on."""
+    learner = BUILD(chunk_size=chunk_size)
+    update, state = jax.jit(learner.update), learner.init(KEY)
+    for number, weights in enumerate([(4, 4, 4), (3, 3, 6), (2, 2, 8), (1, 1, 10), (0, 0, 12), (0, 0, 12)]):
+        assert state.extra == number
+        loss, gradient = jax.value_and_grad(weighted_loss)(state.params, weights)
+        expected = optax.tree.add_scale(state.params, -0.1, gradient)
+        state, metrics = update(KEY, state, TASKS)
+        np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.params, expected)
+
+
+def test_in_the_end_it_is_maml():
+    learner, plain = BUILD(), maml(MODEL, mse, **SHARED)
+    state = learner.init(KEY)._replace(extra=jnp.int32(4))
+    ours, theirs = (jax.jit(one.update)(KEY, state, TASKS)[0].params for one in (learner, plain))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["inner_steps", "multi_step_updates", "eval_steps"])
+def test_counts_are_positive(name):
+    counts = {"inner_steps": 1, "multi_step_updates": 1, "eval_steps": 1} | {name: 0}
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
+        maml_plus_plus(MODEL, mse, rule=0.1, tx=optax.sgd(0.1), **counts)
