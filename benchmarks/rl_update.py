@@ -5,17 +5,23 @@ the meta-gradient, TRPO with a Hessian-vector product for each iteration, ten in
 are most of the arithmetic. How far the loss falls with fewer is here too: all start from one policy with the same key, and so
 with the same trajectories.
 
+What no implementation of the same mathematics on the same machine can avoid stands beside it: the environment's own steps,
+without a policy, and the matrix products, at the rate that `jnp.matmul` reaches on their sizes.
+
 On a CPU the tasks are divided among as many simulated devices as this process may use cores.
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import arithmetic
 import harness
 import jax
+import optax
+from jax import Array
 
 from mamljax import report
 from mamljax.devices import BY_TASK, on, place, task_mesh
@@ -26,7 +32,7 @@ from mamljax.rl.locomotion import locomotion
 from mamljax.rl.maml_rl import maml_rl
 from mamljax.rl.navigation import navigation
 from mamljax.rl.trpo import trpo
-from mamljax.types import Metrics
+from mamljax.types import MetaLearner, Metrics, PyTree
 
 Name = Literal["navigation", "half_cheetah_velocity", "half_cheetah_direction", "ant_velocity", "ant_direction"]
 
@@ -53,22 +59,20 @@ class Options:
     """Directory for results.json, report.md and the figure."""
 
 
-def build_update(
-    environment: Environment, *, cg_steps: int, num_tasks: int, trajectories: int, horizon: int, devices: int
-) -> Callable[[], Metrics]:
-    """Compile the first meta-update of a policy; returns what does it again and again."""
+def build_learner(
+    environment: Environment, tx: optax.GradientTransformation, *, trajectories: int, horizon: int
+) -> MetaLearner:
+    """MAML with the paper's policy and one adaptation step."""
     policy = gaussian_policy(environment.observation_size, environment.action_size)
     collect = collector(policy, environment, horizon=horizon, trajectories=trajectories)
-    learner = maml_rl(
-        policy,
-        collect,
-        rule=0.1,
-        inner_steps=1,
-        eval_steps=1,
-        tx=trpo(0.01, cg_steps=cg_steps),
-        differentiation="reverse",
-        chunk_size=1,
-    )
+    return maml_rl(policy, collect, rule=0.1, inner_steps=1, eval_steps=1, tx=tx, differentiation="reverse", chunk_size=1)
+
+
+def build_update(
+    environment: Environment, *, cg_steps: int, num_tasks: int, devices: int, **sizes: int
+) -> Callable[[], Metrics]:
+    """Compile the first meta-update of a policy; returns what does it again and again."""
+    learner = build_learner(environment, trpo(0.01, cg_steps=cg_steps), **sizes)
     mesh = task_mesh(devices) if devices > 1 else None
     key = jax.random.key(0)
     tasks = jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
@@ -76,6 +80,48 @@ def build_update(
     with on(mesh):
         compiled = jax.jit(learner.update).lower(*placed).compile()
     return lambda: compiled(*placed)[1]
+
+
+def environment_steps(environment: Environment, *, num_tasks: int, trajectories: int, horizon: int) -> Callable[[], Array]:
+    """Compile the steps of the environment that a meta-update takes before adaptation, with actions at random."""
+
+    def trajectory(key: Array, task: PyTree) -> Array:
+        def step(state: PyTree, key: Array) -> tuple[PyTree, Array]:
+            action = jax.random.normal(key, (environment.action_size,))
+            outcome = environment.step(key, state, action, task)
+            return outcome.state, outcome.reward
+
+        return jax.lax.scan(step, environment.reset(key, task)[0], jax.random.split(key, horizon))[1]
+
+    def of_task(key: Array) -> Array:
+        return jax.vmap(trajectory, (0, None))(jax.random.split(key, trajectories), environment.sample_task(key))
+
+    run = jax.jit(jax.vmap(of_task))
+    keys = jax.random.split(jax.random.key(0), num_tasks)
+    return lambda: run(keys)
+
+
+def product_seconds(environment: Environment, repeats: int, *, cg_steps: int, num_tasks: int, **sizes: int) -> float:
+    """The time of a meta-update's matrix products alone, if its line search takes the first step that it tries."""
+
+    def update(
+        grads: PyTree,
+        state: optax.OptState,
+        params: PyTree,
+        *,
+        kl_product: Callable[[PyTree], PyTree],
+        value_and_kl_fn: Callable[[PyTree], tuple[Array, Array]],
+        **extra: PyTree,
+    ) -> tuple[PyTree, optax.OptState]:
+        """As often as TRPO does, what it does."""
+        direction, _ = jax.lax.scan(lambda vector, _: (kl_product(vector), None), grads, length=cg_steps)
+        return jax.tree.map(lambda leaf: leaf * sum(value_and_kl_fn(direction)), direction), state
+
+    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    learner, key = build_learner(environment, tx, **sizes), jax.random.key(0)
+    tasks = jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
+    counted = arithmetic.products(learner.update, key, learner.init(key), tasks)
+    return arithmetic.flops(counted) / arithmetic.product_rate(counted, repeats)
 
 
 def measure(options: Options) -> list[report.Row]:
@@ -106,8 +152,23 @@ def measure(options: Options) -> list[report.Row]:
             rows.append(
                 report.Row(metric="fall of the loss in the first meta-update", mean=fall, protocol=conditions, **shared)
             )
+        sizes.pop("devices")
+        for method, seconds in unavoidable(environment, options, sizes).items():
+            shared = {"method": method, "setting": name, "step": 1, "tasks": sizes["num_tasks"], **harness.UNTRAINED}
+            rows.append(report.Row(metric="seconds per meta-update", mean=seconds, protocol=conditions, **shared))
         print(f"{name}: done", file=sys.stderr)
     return rows
+
+
+def unavoidable(environment: Environment, options: Options, sizes: Mapping[str, int]) -> dict[str, float]:
+    """Seconds, by name, of the parts that whoever does a meta-update has to do."""
+    steps = harness.medians({"": environment_steps(environment, **sizes)}, options.repeats)[""] / 1e3
+    seconds = {"the environment alone": 2 * steps}  # before and after adaptation
+    for cg_steps in options.cg_steps:
+        seconds[f"the products of {cg_steps} iterations alone"] = product_seconds(
+            environment, options.repeats, cg_steps=cg_steps, **sizes
+        )
+    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:

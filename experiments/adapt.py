@@ -43,13 +43,13 @@ class Options:
     query: Path
     """Directory of the images to classify, in folders or not. Networks normalise by the images that they see together: each
     is seen with the support images, so that its prediction depends on no other."""
-    method: Literal["maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "pretrained"] = "maml"
+    method: Literal["maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "meta_lstm", "pretrained"] = "maml"
     """Which of the run's networks."""
     steps: int | None = None
     """Adaptation steps; by default as many as the run's --test-steps."""
     inner_lr: float | None = None
     """Step size; by default that of the run's adaptation. The pretrained network has none: its best is in the run's report.
-    Those of meta_sgd and maml++ are learned."""
+    Those of meta_sgd, maml++ and meta_lstm are learned."""
     out: Path = Path("predictions.csv")
     """The file to write: a line for each image with its path, the predicted class, and the probability of each class."""
 
@@ -62,7 +62,7 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
             "a pretrained network has no step size of its own. "
             f"Give --inner-lr; {options.checkpoint / 'report.md'} has the best one."
         )
-    if options.method in ("meta_sgd", "maml++") and options.inner_lr is not None:
+    if options.method in ("meta_sgd", "maml++", "meta_lstm") and options.inner_lr is not None:
         raise ValueError(f"--method {options.method} has learned its step sizes. Leave --inner-lr out.")
     steps = run.test_steps if options.steps is None else options.steps
     check_count("--steps", steps)

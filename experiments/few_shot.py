@@ -33,6 +33,7 @@ from jax import Array
 from jax.tree_util import Partial
 
 from mamljax import image_models, models, report
+from mamljax.baselines.meta_lstm import meta_lstm
 from mamljax.baselines.metric_learning import matching, prototypical, siamese
 from mamljax.baselines.pretrain import pretrain
 from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
@@ -130,6 +131,8 @@ def adapted_by(method: Method, options: Options, image: Array, rule: Rule) -> tu
             network, rule = learned_step_sizes(network, rule)
         case "maml++":
             network, rule = learned_by_step(network, rule, options.inner_steps, own=frozen)
+        case "meta_lstm":
+            network, rule = meta_lstm(network, rule)
     return network, all_but(tuple(frozen), rule)
 
 
@@ -152,8 +155,8 @@ def build_learner(method: Method, options: Options, data: Data, *, eval_steps: i
     classifier = {"num_classes": data.num_classes, "ways": options.ways}
     features = build_network(options, data.image, None)
     match method:
-        case "maml" | "fomaml" | "anil" | "boil" | "meta_sgd":
-            differentiation = "first_order" if method == "fomaml" else options.differentiation
+        case "maml" | "fomaml" | "anil" | "boil" | "meta_sgd" | "meta_lstm":
+            differentiation = "first_order" if method in ("fomaml", "meta_lstm") else options.differentiation
             adaptation |= {"inner_steps": options.inner_steps, "differentiation": differentiation}
             return maml(network, cross_entropy, **adaptation, **shared)
         case "maml++":

@@ -31,6 +31,8 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("miniimagenet", "pooled_conv", 5, 5, "fine_tuning"): 49.79,
     ("miniimagenet", "pooled_conv", 5, 1, "nearest_neighbour"): 41.08,
     ("miniimagenet", "pooled_conv", 5, 5, "nearest_neighbour"): 51.04,
+    ("miniimagenet", "pooled_conv", 5, 1, "meta_lstm"): 43.44,
+    ("miniimagenet", "pooled_conv", 5, 5, "meta_lstm"): 60.60,
     ("omniglot", "strided_conv", 5, 1, "meta_sgd"): 99.5,
     ("omniglot", "strided_conv", 5, 5, "meta_sgd"): 99.9,
     ("omniglot", "strided_conv", 20, 1, "meta_sgd"): 95.9,
@@ -69,11 +71,11 @@ Preset = Literal[
     *("miniimagenet-5w1s-maml++", "miniimagenet-5w5s-maml++"),
 ]
 Method = Literal[
-    *("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "pretrained", "random", "fine_tuning", "nearest_neighbour"),
-    *("matching", "siamese", "prototypical"),
+    *("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "meta_lstm"),
+    *("pretrained", "random", "fine_tuning", "nearest_neighbour", "matching", "siamese", "prototypical"),
 ]
 
-MAML = ("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++")  # they learn to adapt
+MAML = ("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "meta_lstm")  # they learn to adapt
 TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
 
 
@@ -85,9 +87,10 @@ class Options(runner.Options):
     """Values for all options below and above, one preset for each cell of the paper's table, and one more for MAML++."""
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil) or all but that
-    (boil), that learns a step size for each parameter (meta_sgd) or for each layer and step (maml++); one network for all
-    episodes, an untrained one; and a classifier over all training classes, with its output layer renewed and everything
-    fine-tuned, or its features compared. Matching, siamese and prototypical networks learn from episodes to compare."""
+    (boil), that learns a step size for each parameter (meta_sgd) or for each layer and step (maml++); an LSTM that takes the
+    steps (meta_lstm), of an --inner-lr below 1 at first; one network for all episodes, an untrained one; and a classifier
+    over all training classes, with its output layer renewed and everything fine-tuned, or its features compared. Matching,
+    siamese and prototypical networks learn from episodes to compare."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -235,7 +238,7 @@ def eval_tasks(options: Options) -> int:
 
 def check_features(options: Options) -> None:
     """`--features` is given only to what can use them."""
-    unable = ("boil", "meta_sgd", "maml++", "pretrained", "random", "siamese")
+    unable = ("boil", "meta_sgd", "maml++", "meta_lstm", "pretrained", "random", "siamese")
     others = [method for method in options.method if method in unable]
     if options.features is not None and (others or options.seeds > 1):
         given = f"--method {' '.join(others)}" if others else f"--seeds {options.seeds}"

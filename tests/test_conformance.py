@@ -13,6 +13,7 @@ import optax
 import pytest
 from battery import KEY, equal
 
+from mamljax.baselines.meta_lstm import meta_lstm
 from mamljax.baselines.multi_task import multi_task, squared_distance
 from mamljax.baselines.pretrain import pretrain
 from mamljax.checkpoint import Checkpoints
@@ -35,6 +36,12 @@ def meta_sgd(inner_steps):
     return maml(model, mse, rule=rule, inner_steps=inner_steps, eval_steps=3, **TRAINING)
 
 
+def learned_lstm(inner_steps):
+    model, rule = meta_lstm(MODEL, 0.01, hidden=3)
+    sizes = {"inner_steps": inner_steps, "eval_steps": 3}
+    return maml(model, mse, rule=rule, differentiation="first_order", **sizes, **TRAINING)
+
+
 def plus_plus(inner_steps):
     model, rule = learned_by_step(MODEL, 0.01, inner_steps)
     sizes = {"inner_steps": inner_steps, "multi_step_updates": 2, "eval_steps": 3}
@@ -52,6 +59,7 @@ LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "maml, adam inside": (MAML(rule=optax.adam(0.01, eps_root=1e-8)), 3),
     "meta-sgd": (meta_sgd(2), 3),
     "maml++": (plus_plus(2), 3),
+    "meta-learner lstm": (learned_lstm(2), 3),
     "reptile": (reptile(MODEL, mse, rule=0.01, inner_steps=3, batch_size=4, eval_steps=3, **TRAINING), 3),
     "pretrained": (PRETRAIN(rule=0.01, eval_steps=3), 3),
     "multi-task": (MULTI_TASK(rule=0.01, eval_steps=3, penalty=squared_distance), 3),

@@ -14,6 +14,9 @@ def test_writes_time_and_gain_of_each(tmp_path):
     two, one = ({row.metric: row.mean for row in rows if row.method.startswith(steps)} for steps in "21")
     assert two.keys() == one.keys() == {"seconds per meta-update", "fall of the loss in the first meta-update"}
     assert two["seconds per meta-update"] > 0
+    alone = {row.method: row.mean for row in rows if row.method.endswith("alone")}
+    assert alone.keys() == {"the environment alone", *(f"the products of {number} iterations alone" for number in (1, 2))}
+    assert all(seconds > 0 for seconds in alone.values())
     assert two["fall of the loss in the first meta-update"] != one["fall of the loss in the first meta-update"]
 
 

@@ -20,6 +20,7 @@ from mamljax import report
 from mamljax.checkpoint import claim_directory
 from mamljax.record import read_metrics
 from mamljax.train import read_best
+from mamljax.types import Examples, Task
 
 TINY = [
     "--dataset",
@@ -296,6 +297,7 @@ def test_tasks_at_a_time(monkeypatch):
         ("boil", {"body"}),
         ("meta_sgd", {"body", "head"}),
         ("maml++", {"body", "head", "step"}),
+        ("meta_lstm", {"body", "head"}),
     ],
 )
 def test_what_a_method_adapts(method, moves):
@@ -307,10 +309,25 @@ def test_what_a_method_adapts(method, moves):
     parts = set()
     for path, change in jax.tree.leaves_with_path(rule.update(ones, rule.init(ones), ones)[0]):
         name = jax.tree_util.keystr(path)
-        part = next(part for part in ("alpha", "step_sizes", "shift", "Conv3x3", "Dense_0", "step") if part in name)
+        part = next(part for part in ("alpha", "step_sizes", "cell", "shift", "Conv3x3", "Dense_0", "step") if part in name)
         if np.any(change):
             parts.add({"Conv3x3": "body", "Dense_0": "head"}.get(part, part))
     assert parts == moves
+
+
+def test_the_lstm_takes_the_steps_of_few_shot_learning():
+    """Its update keeps the state, and its evaluation has every step; a step size that a gate cannot have is refused."""
+    options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s-fc"], inner_lr=0.1, inner_steps=2)
+    nothing = dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled"))
+    data = Data(jnp.zeros((1, 28, 28, 1)), 5, **nothing)
+    learner = few_shot.build_learner("meta_lstm", options, data, eval_steps=3, rule=0.1)
+    task = Task(*[Examples(jnp.zeros((5, 28, 28, 1)), jnp.arange(5))] * 2)
+    state = jax.eval_shape(learner.init, jax.random.key(0))
+    tasks = jax.tree.map(lambda leaf: leaf[None], task)
+    assert jax.eval_shape(learner.update, jax.random.key(0), state, tasks)[0] == state
+    assert jax.eval_shape(learner.evaluate, jax.random.key(0), state, task)["accuracy"].shape == (4,)
+    with pytest.raises(ValueError, match="must lie between 0 and 1, got 2.0"):
+        few_shot.build_learner("meta_lstm", options, data, eval_steps=3, rule=2.0)
 
 
 def test_results_are_of_what_was_trained(finished):

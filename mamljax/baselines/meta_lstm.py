@@ -1,0 +1,107 @@
+"""The meta-learner LSTM (Ravi & Larochelle 2017, "Optimization as a model for few-shot learning"): a learned inner rule."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from mamljax.checks import check_count
+from mamljax.types import Model, PyTree
+
+LOG_RANGE = 10  # p: gradients above exp(-p) are seen by their logarithm
+KEPT = 5.0  # the first bias of the forget gate, whose sigmoid is 0.993
+
+
+class CellState(NamedTuple):
+    """What the meta-learner remembers of each of n coordinates."""
+
+    hidden: Array  # [n, h]
+    memory: Array  # [n, h]
+    input_gate: Array  # [n] i: the last step size
+    forget_gate: Array  # [n] f: how much of the coordinate was kept
+
+
+def meta_lstm(model: Model, inner_lr: float, *, hidden: int = 20) -> tuple[Model, optax.GradientTransformation]:
+    r"""Let an LSTM that the outer loop learns, with the initialisation, take the adaptation steps.
+
+    $\theta_t = f_t \odot \theta_{t-1} - i_t \odot \nabla L(\theta_{t-1})$: the parameters are the state of an LSTM cell, whose
+    gates $i_t = \sigma(W_I [h_t, \theta_{t-1}, i_{t-1}] + b_I)$ and $f_t = \sigma(W_F [h_t, \theta_{t-1}, f_{t-1}] + b_F)$ see
+    the output $h_t$ of another LSTM, which sees the gradient, as its logarithm and sign. All coordinates share the weights;
+    each has a memory of its own.
+
+    Args:
+        model: the network.
+        inner_lr: the step size with which training begins, between 0 and 1; 0.01 or so in the paper.
+        hidden: h, units of the LSTM; 20 in the paper.
+
+    Returns:
+        A model whose params are a dict of "theta", the network's, and "cell", the LSTM's; and the rule that goes with it. Give
+        both to `maml` with `differentiation="first_order"`: the paper, too, takes the gradients that the LSTM sees for
+        constants.
+
+    Raises:
+        ValueError: a step size outside of (0, 1), which a gate cannot have; a count below 1.
+
+    Differs from the paper: the LSTM does not see the loss, as an inner rule gets gradients and parameters alone.
+    """
+    check_count("hidden", hidden)
+    if not 0 < inner_lr < 1:
+        raise ValueError(f"the step size of a gate must lie between 0 and 1, got {inner_lr}. The paper begins with about 0.01.")
+
+    def init(key: Array) -> PyTree:
+        theta_key, lstm_key, input_key, forget_key = jax.random.split(key, 4)
+        small = jax.nn.initializers.normal(0.01)  # so that what the first steps do is up to the biases
+        first = {
+            "lstm": {"kernel": small(lstm_key, (2 + hidden, 4 * hidden)), "bias": jnp.zeros((1, 4 * hidden))},
+            "input": {"kernel": small(input_key, (hidden + 2,)), "bias": jnp.float32(math.log(inner_lr / (1 - inner_lr)))},
+            "forget": {"kernel": small(forget_key, (hidden + 2,)), "bias": jnp.float32(KEPT)},
+        }
+        return {"theta": model.init(theta_key), "cell": first}
+
+    def begin(params: PyTree) -> CellState:
+        size = ravel_pytree(params["theta"])[0].size
+        return CellState(*jnp.zeros((2, size, hidden)), *jnp.zeros((2, size)))
+
+    def step(gradient: PyTree, state: CellState, params: PyTree) -> tuple[PyTree, CellState]:
+        slope, unravel = ravel_pytree(gradient["theta"])
+        theta, cell = ravel_pytree(params["theta"])[0], params["cell"]
+        out, memory = _lstm(cell["lstm"], jnp.concatenate([seen(slope), state.hidden], axis=1), state.memory)
+        input_gate = _gate(cell["input"], out, theta, state.input_gate)
+        forget_gate = _gate(cell["forget"], out, theta, state.forget_gate)
+        updates = {
+            "theta": unravel((forget_gate - 1) * theta - input_gate * slope),
+            "cell": jax.tree.map(jnp.zeros_like, cell),
+        }
+        return updates, CellState(out, memory, input_gate, forget_gate)
+
+    return Model(init, lambda params, x: model.apply(params["theta"], x)), optax.GradientTransformation(begin, step)
+
+
+def seen(slope: Array) -> Array:
+    """What the LSTM sees of gradients [n], which differ by orders of magnitude: [n, 2], both in [-1, 1] but for large ones.
+
+    It is the logarithm, in units of p, and the sign; of gradients below exp(-p), -1 and the gradient by exp(p) (Andrychowicz
+    et al. 2016, arXiv 1606.04474, appendix A).
+    """
+    smallest = math.exp(-LOG_RANGE)
+    size = jnp.abs(slope)
+    logarithm = jnp.log(jnp.maximum(size, smallest)) / LOG_RANGE
+    return jnp.stack([logarithm, jnp.where(size >= smallest, jnp.sign(slope), slope / smallest)], axis=1)
+
+
+def _lstm(weights: PyTree, inputs: Array, memory: Array) -> tuple[Array, Array]:
+    """One step of an LSTM: its inputs and last outputs [n, 2 + h], its memory [n, h] -> outputs and memory, both [n, h]."""
+    gates = inputs @ weights["kernel"] + weights["bias"]
+    take, keep, show, new = jnp.split(gates, 4, axis=1)
+    memory = jax.nn.sigmoid(keep) * memory + jax.nn.sigmoid(take) * jnp.tanh(new)
+    return jax.nn.sigmoid(show) * jnp.tanh(memory), memory
+
+
+def _gate(weights: PyTree, out: Array, theta: Array, last: Array) -> Array:
+    """A gate of each coordinate, in (0, 1): [n]."""
+    inputs = jnp.concatenate([out, theta[:, None], last[:, None]], axis=1)
+    return jax.nn.sigmoid(inputs @ weights["kernel"] + weights["bias"])
