@@ -5,34 +5,36 @@ the meta-gradient, TRPO with a Hessian-vector product for each iteration, ten in
 are most of the arithmetic. How far the loss falls with fewer is here too: all start from one policy with the same key, and so
 with the same trajectories.
 
-What no implementation of the same mathematics on the same machine can avoid stands beside it: the environment's own steps,
-without a policy, and the matrix products, at the rate that `jnp.matmul` reaches on their sizes.
+What two of the parts take alone stands beside it: the environment's own steps, without a policy, on as many devices; and the
+matrix products, at the rate that `jnp.matmul` reaches on their sizes, on one device with all threads.
 
 On a CPU the tasks are divided among as many simulated devices as this process may use cores.
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import arithmetic
 import harness
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
 from mamljax import report
-from mamljax.devices import BY_TASK, on, place, task_mesh
+from mamljax.devices import BY_TASK, divide, on, place, task_mesh
 from mamljax.models import gaussian_policy
 from mamljax.rl.collect import collector
 from mamljax.rl.environment import Environment
 from mamljax.rl.locomotion import locomotion
 from mamljax.rl.maml_rl import maml_rl
 from mamljax.rl.navigation import navigation
-from mamljax.rl.trpo import trpo
-from mamljax.types import MetaLearner, Metrics, PyTree
+from mamljax.rl.trpo import TrustRegionState, trpo
+from mamljax.types import MetaLearner, Metrics, PyTree, State
 
 Name = Literal["navigation", "half_cheetah_velocity", "half_cheetah_direction", "ant_velocity", "ant_direction"]
 
@@ -70,58 +72,70 @@ def build_learner(
 
 def build_update(
     environment: Environment, *, cg_steps: int, num_tasks: int, devices: int, **sizes: int
-) -> Callable[[], Metrics]:
+) -> Callable[[], tuple[State, Metrics]]:
     """Compile the first meta-update of a policy; returns what does it again and again."""
     learner = build_learner(environment, trpo(0.01, cg_steps=cg_steps), **sizes)
-    mesh = task_mesh(devices) if devices > 1 else None
     key = jax.random.key(0)
     tasks = jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
-    placed = (*place((key, learner.init(key)), mesh), place(tasks, mesh, BY_TASK))
+    return compiled(learner.update, (key, learner.init(key)), tasks, devices)
+
+
+def compiled(fn: Callable, common: tuple, by_task: PyTree, devices: int) -> Callable[[], PyTree]:
+    """Compile a function for tasks divided among devices; returns what calls it with these arguments again and again."""
+    mesh = task_mesh(devices) if devices > 1 else None
+    placed = (*place(common, mesh), place(by_task, mesh, BY_TASK))
     with on(mesh):
-        compiled = jax.jit(learner.update).lower(*placed).compile()
-    return lambda: compiled(*placed)[1]
+        program = jax.jit(fn).lower(*placed).compile()
+    return lambda: program(*placed)
 
 
-def environment_steps(environment: Environment, *, num_tasks: int, trajectories: int, horizon: int) -> Callable[[], Array]:
+def environment_steps(
+    environment: Environment, *, num_tasks: int, trajectories: int, horizon: int, devices: int
+) -> Callable[[], Array]:
     """Compile the steps of the environment that a meta-update takes before adaptation, with actions at random."""
 
     def trajectory(key: Array, task: PyTree) -> Array:
-        def step(state: PyTree, key: Array) -> tuple[PyTree, Array]:
-            action = jax.random.normal(key, (environment.action_size,))
+        reset_key, action_key, step_key = jax.random.split(key, 3)
+        actions = jax.random.normal(action_key, (horizon, environment.action_size))
+
+        def step(state: PyTree, action_and_key: tuple[Array, Array]) -> tuple[PyTree, Array]:
+            action, key = action_and_key
             outcome = environment.step(key, state, action, task)
             return outcome.state, outcome.reward
 
-        return jax.lax.scan(step, environment.reset(key, task)[0], jax.random.split(key, horizon))[1]
+        state, _ = environment.reset(reset_key, task)
+        return jax.lax.scan(step, state, (actions, jax.random.split(step_key, horizon)))[1]
 
     def of_task(key: Array) -> Array:
-        return jax.vmap(trajectory, (0, None))(jax.random.split(key, trajectories), environment.sample_task(key))
+        task_key, key = jax.random.split(key)
+        return jax.vmap(trajectory, (0, None))(jax.random.split(key, trajectories), environment.sample_task(task_key))
 
-    run = jax.jit(jax.vmap(of_task))
-    keys = jax.random.split(jax.random.key(0), num_tasks)
-    return lambda: run(keys)
+    def of_all(keys: Array) -> Array:
+        return divide(lambda _, keys: jax.vmap(of_task)(keys), None, keys)
+
+    return compiled(of_all, (), jax.random.split(jax.random.key(0), num_tasks), devices)
 
 
-def product_seconds(environment: Environment, repeats: int, *, cg_steps: int, num_tasks: int, **sizes: int) -> float:
-    """The time of a meta-update's matrix products alone, if its line search takes the first step that it tries."""
+def products_of_update(environment: Environment, *, cg_steps: int, num_tasks: int, **sizes: int) -> Counter[arithmetic.Product]:
+    """Count the matrix products of a meta-update whose line search takes the first step that it tries."""
 
     def update(
         grads: PyTree,
-        state: optax.OptState,
+        state: TrustRegionState,
         params: PyTree,
         *,
         kl_product: Callable[[PyTree], PyTree],
         value_and_kl_fn: Callable[[PyTree], tuple[Array, Array]],
         **extra: PyTree,
-    ) -> tuple[PyTree, optax.OptState]:
-        """As often as TRPO does, what it does."""
+    ) -> tuple[PyTree, TrustRegionState]:
+        """The products of TRPO: `cg_steps` with the Hessian, and one evaluation of the line search."""
         direction, _ = jax.lax.scan(lambda vector, _: (kl_product(vector), None), grads, length=cg_steps)
-        return jax.tree.map(lambda leaf: leaf * sum(value_and_kl_fn(direction)), direction), state
+        return direction, TrustRegionState(jnp.ones(()), *value_and_kl_fn(direction))
 
-    tx = optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+    tx = optax.GradientTransformationExtraArgs(trpo(0.01).init, update)
     learner, key = build_learner(environment, tx, **sizes), jax.random.key(0)
     tasks = jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
-    counted = arithmetic.products(learner.update, key, learner.init(key), tasks)
-    return arithmetic.flops(counted) / arithmetic.product_rate(counted, repeats)
+    return arithmetic.products(learner.update, key, learner.init(key), tasks)
 
 
 def measure(options: Options) -> list[report.Row]:
@@ -135,40 +149,34 @@ def measure(options: Options) -> list[report.Row]:
             raise ValueError(
                 f"--num-tasks must be a multiple of --devices, got {sizes['num_tasks']} tasks and {devices} devices."
             )
-        sizes |= {"trajectories": options.trajectories, "devices": devices}
+        sizes["trajectories"] = options.trajectories
         environment = navigation() if name == "navigation" else locomotion(name)
         runs = {
-            f"{steps} conjugate gradient iterations": build_update(environment, cg_steps=steps, **sizes)
+            f"{steps} conjugate gradient iterations": build_update(environment, cg_steps=steps, devices=devices, **sizes)
             for steps in options.cg_steps
         }
+        runs["the environment alone"] = environment_steps(environment, devices=devices, **sizes)
+        seconds = {method: milliseconds / 1e3 for method, milliseconds in harness.medians(runs, options.repeats).items()}
+        seconds["the environment alone"] *= 2  # before and after adaptation
+        for steps in options.cg_steps:
+            counted = products_of_update(environment, cg_steps=steps, **sizes)
+            at_full_rate = arithmetic.flops(counted) / arithmetic.product_rate(counted, options.repeats)
+            seconds[f"the products of {steps} iterations alone"] = at_full_rate
         conditions = (
             f"median of {options.repeats}, {sizes['num_tasks']} tasks, horizon {sizes['horizon']}, "
             f"{harness.cores()} cores, {devices} devices"
         )
-        for method, milliseconds in harness.medians(runs, options.repeats).items():
-            shared = {"method": method, "setting": name, "step": 1, "tasks": sizes["num_tasks"], **harness.UNTRAINED}
-            rows.append(report.Row(metric="seconds per meta-update", mean=milliseconds / 1e3, protocol=conditions, **shared))
-            fall = -float(runs[method]()["surrogate"])
-            rows.append(
-                report.Row(metric="fall of the loss in the first meta-update", mean=fall, protocol=conditions, **shared)
-            )
-        sizes.pop("devices")
-        for method, seconds in unavoidable(environment, options, sizes).items():
-            shared = {"method": method, "setting": name, "step": 1, "tasks": sizes["num_tasks"], **harness.UNTRAINED}
-            rows.append(report.Row(metric="seconds per meta-update", mean=seconds, protocol=conditions, **shared))
+        shared = {"setting": name, "step": 1, "tasks": sizes["num_tasks"], "protocol": conditions, **harness.UNTRAINED}
+        rows += [
+            report.Row(method=method, metric="seconds per meta-update", mean=mean, **shared) for method, mean in seconds.items()
+        ]
+        falls = {method: -float(run()[1]["surrogate"]) for method, run in runs.items() if method.endswith("iterations")}
+        rows += [
+            report.Row(method=method, metric="fall of the loss in the first meta-update", mean=mean, **shared)
+            for method, mean in falls.items()
+        ]
         print(f"{name}: done", file=sys.stderr)
     return rows
-
-
-def unavoidable(environment: Environment, options: Options, sizes: Mapping[str, int]) -> dict[str, float]:
-    """Seconds, by name, of the parts that whoever does a meta-update has to do."""
-    steps = harness.medians({"": environment_steps(environment, **sizes)}, options.repeats)[""] / 1e3
-    seconds = {"the environment alone": 2 * steps}  # before and after adaptation
-    for cg_steps in options.cg_steps:
-        seconds[f"the products of {cg_steps} iterations alone"] = product_seconds(
-            environment, options.repeats, cg_steps=cg_steps, **sizes
-        )
-    return seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:

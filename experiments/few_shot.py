@@ -26,7 +26,7 @@ from few_shot_presets import (
     Method,
     Options,
     cell,
-    check_features,
+    check_methods,
     eval_tasks,
 )
 from jax import Array
@@ -58,7 +58,7 @@ TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tunin
 def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
     set_precision(options)
-    check_features(options)
+    check_methods(options)
     data, origin = load(options), origin_of_features(options)
     run.config["bank"] = data.checksum
     rows, trained = [], {}
@@ -130,7 +130,7 @@ def adapted_by(method: Method, options: Options, image: Array, rule: Rule) -> tu
         case "meta_sgd":
             network, rule = learned_step_sizes(network, rule)
         case "maml++":
-            network, rule = learned_by_step(network, rule, options.inner_steps, own=frozen)
+            return learned_by_step(network, rule, options.inner_steps, per_step=frozen)
         case "meta_lstm":
             network, rule = meta_lstm(network, rule)
     return network, all_but(tuple(frozen), rule)
@@ -152,17 +152,16 @@ def build_learner(method: Method, options: Options, data: Data, *, eval_steps: i
     }
     network, adaptation_rule = adapted_by(method, options, data.image, rule)
     adaptation = {"rule": adaptation_rule, "eval_steps": eval_steps}
+    differentiation = "first_order" if method in ("fomaml", "meta_lstm") else options.differentiation
+    learning = adaptation | {"inner_steps": options.inner_steps, "differentiation": differentiation}
     classifier = {"num_classes": data.num_classes, "ways": options.ways}
     features = build_network(options, data.image, None)
     match method:
         case "maml" | "fomaml" | "anil" | "boil" | "meta_sgd" | "meta_lstm":
-            differentiation = "first_order" if method in ("fomaml", "meta_lstm") else options.differentiation
-            adaptation |= {"inner_steps": options.inner_steps, "differentiation": differentiation}
-            return maml(network, cross_entropy, **adaptation, **shared)
+            return maml(network, cross_entropy, **learning, **shared)
         case "maml++":
-            adaptation |= {"inner_steps": options.inner_steps, "differentiation": options.differentiation}
-            adaptation |= {"multi_step_updates": options.multi_step_updates}
-            return maml_plus_plus(network, cross_entropy, **adaptation, **shared)
+            multi_step_updates = options.multi_step_updates
+            return maml_plus_plus(network, cross_entropy, multi_step_updates=multi_step_updates, **learning, **shared)
         case "pretrained" | "random":
             return pretrain(network, cross_entropy, **adaptation, **shared)
         case "fine_tuning":

@@ -15,7 +15,7 @@ SOURCES = {  # of methods that are not in that table
     "boil": "Oh et al. 2021",
     "prototypical": "Snell et al. 2017, tables 1 and 2",
 }
-PUBLISHED_STEPS = {"meta_sgd": 1}  # after how many steps, where that is not the paper's number
+PUBLISHED_STEPS = {"meta_sgd": 1, "meta_lstm": 5}  # after how many steps, where that is not the paper's number
 PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("omniglot", "strided_conv", 5, 1, "maml"): 98.7,
     ("omniglot", "strided_conv", 5, 5, "maml"): 99.9,
@@ -84,13 +84,14 @@ class Options(runner.Options):
     """Few-shot classification of images, by default Omniglot 5-way 1-shot as in the paper and its code."""
 
     preset: Preset = "omniglot-5w1s"
-    """Values for all options below and above, one preset for each cell of the paper's table, and one more for MAML++."""
+    """Values for all options below and above, one preset for each cell of the paper's table, and for MAML++ one
+    more for each with convolutions."""
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil) or all but that
     (boil), that learns a step size for each parameter (meta_sgd) or for each layer and step (maml++); an LSTM that takes the
-    steps (meta_lstm), of an --inner-lr below 1 at first; one network for all episodes, an untrained one; and a classifier
-    over all training classes, with its output layer renewed and everything fine-tuned, or its features compared. Matching,
-    siamese and prototypical networks learn from episodes to compare."""
+    steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one network for all episodes, an untrained one; and a
+    classifier over all training classes, with its output layer renewed and everything fine-tuned, or its features compared.
+    Matching, siamese and prototypical networks learn from episodes to compare."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -135,7 +136,8 @@ class Options(runner.Options):
     validation_tasks: int = 600
     """Validation episodes; always the same."""
     inner_lr: float = 2.0
-    """Step size of adaptation, on the mean cross-entropy: N times that of the paper, whose code sums over classes."""
+    """Step size of adaptation, on the mean cross-entropy: N times that of the paper, whose code sums over classes, while
+    that of MAML++ has the mean too."""
     inner_steps: int = 1
     """Adaptation steps in training."""
     eval_steps: int = 10
@@ -145,7 +147,7 @@ class Options(runner.Options):
     meta_lr: float = 0.001
     """Step size of Adam, the outer optimiser."""
     annealing: int | None = None
-    """Meta-updates over which that falls to a hundredth, along a cosine; by default it stays."""
+    """Meta-updates over which --meta-lr falls to a hundredth, along a cosine; by default it stays as it is."""
     multi_step_updates: int = 5_000
     """MAML++: meta-updates during which the query loss after earlier steps counts too, less and less."""
     clip: float | None = None
@@ -187,9 +189,12 @@ FC = {"network": "fully_connected"}
 TWENTY_WAY = {"ways": 20, "num_tasks": 16, "inner_steps": 5, "test_steps": 5, "differentiation": "mixed"}
 MINI = {"dataset": "miniimagenet", "network": "pooled_conv", "filters": 32, "num_tasks": 4, "queries": 15, "inner_lr": 0.05}
 MINI |= {"inner_steps": 5, "test_steps": 10, "differentiation": "mixed"}
+# The settings of Antoniou et al.'s code. There networks pool for Omniglot too, and --meta-lr stays for miniImageNet; their
+# paper begins in first order.
 PLUS = {"method": ("maml++",), "steps": 50_000, "num_tasks": 8, "inner_steps": 5, "test_steps": 5, "inner_lr": 0.1}
-PLUS |= {"norm": "scale_and_shift", "annealing": 50_000, "differentiation": "mixed"}  # as Antoniou et al. have it
-MINI_PLUS = PLUS | {"num_tasks": 2, "filters": 48, "inner_lr": 0.01, "multi_step_updates": 7_500, "clip": 10}
+PLUS |= {"norm": "scale_and_shift", "annealing": 50_000, "differentiation": "mixed"}
+MINI_PLUS = MINI | PLUS | {"num_tasks": 2, "filters": 48, "inner_lr": 0.01, "multi_step_updates": 7_500, "clip": 10}
+MINI_PLUS |= {"eval_queries": 15}
 # The authors of MAML clip to +-10 where the loss is summed over N Q queries and divided by K; here it is their mean.
 PRESETS = {
     options.preset: options
@@ -203,11 +208,11 @@ PRESETS = {
         _preset("miniimagenet-5w1s", clip=10 / 75, **MINI),
         _preset("miniimagenet-5w5s", shots=5, clip=10 / 15, **MINI),
         _preset("omniglot-5w1s-maml++", **PLUS),
-        _preset("omniglot-5w5s-maml++", shots=5, queries=5, **PLUS),
+        _preset("omniglot-5w5s-maml++", shots=5, eval_queries=1, **PLUS),
         _preset("omniglot-20w1s-maml++", ways=20, **PLUS),
-        _preset("omniglot-20w5s-maml++", ways=20, shots=5, queries=5, **PLUS),
-        _preset("miniimagenet-5w1s-maml++", **MINI | MINI_PLUS),
-        _preset("miniimagenet-5w5s-maml++", shots=5, **MINI | MINI_PLUS),
+        _preset("omniglot-20w5s-maml++", ways=20, shots=5, eval_queries=1, **PLUS),
+        _preset("miniimagenet-5w1s-maml++", **MINI_PLUS),
+        _preset("miniimagenet-5w5s-maml++", shots=5, **MINI_PLUS),
     )
 }
 
@@ -236,8 +241,10 @@ def eval_tasks(options: Options) -> int:
     return options.eval_tasks or (600 if options.protocol == "paper" else 6000)
 
 
-def check_features(options: Options) -> None:
-    """`--features` is given only to what can use them."""
+def check_methods(options: Options) -> None:
+    """The step size is one that every method can have, and `--features` is given only to what can use them."""
+    if "meta_lstm" in options.method and not options.inner_lr < 1:
+        raise ValueError(f"--method meta_lstm needs an --inner-lr below 1, got {options.inner_lr}. Give 0.01, for example.")
     unable = ("boil", "meta_sgd", "maml++", "meta_lstm", "pretrained", "random", "siamese")
     others = [method for method in options.method if method in unable]
     if options.features is not None and (others or options.seeds > 1):

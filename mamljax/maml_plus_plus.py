@@ -1,15 +1,15 @@
-"""MAML++ (Antoniou, Edwards, Storkey 2019, arXiv 1810.09502): MAML whose network is judged after every step at first."""
+"""MAML++ (Antoniou, Edwards, Storkey 2019, arXiv 1810.09502): MAML whose meta-loss at first counts every step."""
 
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
 
 from mamljax.checks import check_count, check_task
 from mamljax.inner import Differentiation
-from mamljax.maml import fine_tune, learning_curve
+from mamljax.maml import fine_tune, maml
 from mamljax.outer import meta_learner
 from mamljax.rules import Rule, as_rule
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
@@ -32,17 +32,18 @@ def maml_plus_plus(
 
     The meta-loss of task $i$ in meta-update $t$ is $\sum_{s=1}^S w_s(t) L_i^{query}(\theta_i^{(s)})$ with
     $w_s(t) = (1 - p) / S$ for all steps but the last, which has the rest, and $p = \min(t / T, 1)$: at first all steps count
-    alike, from meta-update T on the last alone.
+    alike, from meta-update T on the last alone, as in `maml`, which takes over then.
 
-    With `rules.learned_by_step`, and a schedule for the step size of `tx`, it is MAML++ as published, but for its
-    normalisation, which keeps running averages of the statistics as well and does not use them.
+    The other parts of MAML++ are `rules.learned_by_step`, a schedule for the step size of `tx`, and, where it is to save time,
+    `differentiation="first_order"` for the first part of a training.
 
     Args:
         model: the network.
         loss_fn: (outputs, targets) -> scalar, the mean over examples.
         rule: the inner step size, or any Optax transformation; that of `rules.learned_by_step` in the paper.
         inner_steps: S, adaptation steps in training; 5 in the paper.
-        multi_step_updates: T; 5,000 for Omniglot in the authors' settings, 7,500 for miniImageNet.
+        multi_step_updates: T; 5,000 for Omniglot in the authors' settings, 7,500 for miniImageNet. Several seeds in one program
+            calculate both losses all the time.
         eval_steps: adaptation steps in evaluation.
         tx: the outer optimiser; Adam in the paper, its step size falling along a cosine from 1e-3 to 1e-5.
         differentiation: "mixed" or "reverse" (both exact), or "first_order"; see `inner.adapt`.
@@ -56,10 +57,15 @@ def maml_plus_plus(
     Raises:
         ValueError: a count below 1, a step size that is not positive and finite, a rule without finite meta-gradients; at the
             first update, a malformed task.
+
+    Differs from the paper: normalisation has the statistics of the examples at hand, of which the authors' code keeps running
+    averages for each step, and does not use them.
     """
-    for name, count in (("inner_steps", inner_steps), ("multi_step_updates", multi_step_updates), ("eval_steps", eval_steps)):
-        check_count(name, count)
-    rule = as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=differentiation != "first_order")
+    check_count("multi_step_updates", multi_step_updates)
+    shared = {"tx": tx, "chunk_size": chunk_size}
+    adaptation = {"inner_steps": inner_steps, "eval_steps": eval_steps, "differentiation": differentiation}
+    plain = maml(model, loss_fn, rule=rule, metric_fns=metric_fns, **adaptation, **shared)
+    rule = as_rule(rule, {}, differentiable=False)  # `maml` has checked it
 
     def weighted_loss(params: PyTree, task_and_weights: tuple[Task, Array]) -> Array:
         task, weights = task_and_weights
@@ -68,19 +74,20 @@ def maml_plus_plus(
         adapted = jax.tree.map(lambda leaf: leaf[1:], path)
         return weights @ jax.vmap(lambda params: loss_fn(model.apply(params, task.query.x), task.query.y))(adapted)
 
-    def evaluate(key: Array, state: State, task: Task) -> Metrics:
-        return learning_curve(model, loss_fn, state.params, task, rule, eval_steps, metric_fns=metric_fns)
-
-    learner = meta_learner(model.init, weighted_loss, evaluate, tx=tx, chunk_size=chunk_size)
+    weighted = meta_learner(model.init, weighted_loss, plain.evaluate, **shared)
 
     def init(key: Array) -> State:
-        return learner.init(key)._replace(extra=jnp.int32(0))
+        return plain.init(key)._replace(extra=jnp.int32(0))
+
+    def update_weighted(key: Array, state: State, tasks: Task) -> tuple[State, Metrics]:
+        earlier = jnp.full(inner_steps - 1, (1 - state.extra / multi_step_updates) / inner_steps)
+        weights = jnp.append(earlier, 1 - earlier.sum())
+        weights_by_task = jnp.broadcast_to(weights, (len(jax.tree.leaves(tasks)[0]), inner_steps))
+        return weighted.update(key, state, (tasks, weights_by_task))
 
     def update(key: Array, state: State, tasks: Task) -> tuple[State, Metrics]:
-        earlier = jnp.full(inner_steps - 1, jnp.maximum(1 - state.extra / multi_step_updates, 0) / inner_steps)
-        weights = jnp.append(earlier, 1 - earlier.sum())
-        each = jnp.broadcast_to(weights, (len(jax.tree.leaves(tasks)[0]), inner_steps))
-        state, metrics = learner.update(key, state, (tasks, each))
+        under_way = state.extra < multi_step_updates
+        state, metrics = lax.cond(under_way, update_weighted, plain.update, key, state, tasks)
         return state._replace(extra=state.extra + 1), metrics
 
-    return MetaLearner(init, update, evaluate)
+    return MetaLearner(init, update, plain.evaluate)

@@ -36,8 +36,7 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
     """
     check_params(params)
     if isinstance(rule, numbers.Real) or (isinstance(rule, Array) and not isinstance(rule, Tracer) and rule.ndim == 0):
-        if not (math.isfinite(rule) and rule > 0):
-            raise ValueError(f"the inner step size must be positive and finite, got {rule}. The paper uses 0.01 to 0.4.")
+        check_step_size(rule)
         return optax.sgd(rule)
     if not isinstance(rule, optax.GradientTransformation):
         raise ValueError(
@@ -70,6 +69,12 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
     return rule
 
 
+def check_step_size(inner_lr: float) -> None:
+    """The step size is a positive and finite number; else `ValueError`."""
+    if isinstance(inner_lr, optax.GradientTransformation) or not (math.isfinite(inner_lr) and inner_lr > 0):
+        raise ValueError(f"the inner step size must be positive and finite, got {inner_lr}. The paper uses 0.01 to 0.4.")
+
+
 def _with_dead_entry(leaf: np.ndarray) -> np.ndarray:
     """The same but for a first entry of zero, which dead ReLUs leave in a gradient."""
     leaf = leaf.copy()
@@ -93,7 +98,7 @@ def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.Grad
     Raises:
         ValueError: the step size is not positive and finite.
     """
-    as_rule(inner_lr, {}, differentiable=True)
+    check_step_size(inner_lr)
 
     def init(key: Array) -> PyTree:
         theta = model.init(key)
@@ -107,7 +112,7 @@ def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.Grad
 
 
 def learned_by_step(
-    model: Model, inner_lr: float, inner_steps: int, own: str | Sequence[str] = ()
+    model: Model, inner_lr: float, inner_steps: int, per_step: str | Sequence[str] = ()
 ) -> tuple[Model, optax.GradientTransformation]:
     r"""Let each adaptation step have learned step sizes of its own, and parameters such as those of normalisation (MAML++).
 
@@ -118,36 +123,42 @@ def learned_by_step(
         model: the network.
         inner_lr: the value at which all step sizes begin; positive and finite.
         inner_steps: S, steps that have step sizes of their own; further ones in evaluation go on with the last.
-        own: names on the paths of parameters, as for `all_but`, of which the network has other values after each step. They
-            are learned by the outer loop alone if the rule is wrapped, `all_but(own, rule)`.
+        per_step: names on the paths of parameters, as for `all_but`, of which the network has other values after each step.
+            They are not adapted; the outer loop alone learns them.
 
     Returns:
-        A model whose params are a dict of "theta", the network's, those named by `own` with a leading axis [S + 1]; of
+        A model whose params are a dict of "theta", the network's, those named by `per_step` with a leading axis [S + 1]; of
         "step_sizes" with their structure, each [S]; and of "step", which counts the steps taken. And the rule that goes with
         it; give both to `maml`, or to `maml_plus_plus`.
 
     Raises:
         ValueError: the step size is not positive and finite, a count below 1, a name that no parameter and no layer has.
+
+    Differs from the authors' code, which judges the network after step i with the normalisation of the network before it.
     """
-    as_rule(inner_lr, {}, differentiable=True)
+    check_step_size(inner_lr)
     check_count("inner_steps", inner_steps)
-    own = {own} if isinstance(own, str) else {*own}
+    names = {per_step} if isinstance(per_step, str) else {*per_step}
+    named = _named(names, jax.eval_shape(model.init, jax.random.key(0)))
 
     def init(key: Array) -> PyTree:
-        theta = model.init(key)
-        named = _named(own, theta)
-        theta = jax.tree.map(lambda leaf, own: jnp.stack([leaf] * (inner_steps + 1)) if own else leaf, theta, named)
+        theta = jax.tree.map(
+            lambda leaf, named: jnp.stack([leaf] * (inner_steps + 1)) if named else leaf, model.init(key), named
+        )
         step_sizes = jax.tree.map(lambda leaf: jnp.full(inner_steps, inner_lr, leaf.dtype), theta)
         return {"theta": theta, "step_sizes": step_sizes, "step": jnp.zeros(())}
 
     def apply(params: PyTree, x: Array) -> Array:
         step = _index(params["step"], inner_steps + 1)
-        named = _named(own, params["theta"])
-        return model.apply(jax.tree.map(lambda leaf, own: leaf[step] if own else leaf, params["theta"], named), x)
+        return model.apply(jax.tree.map(lambda leaf, named: leaf[step] if named else leaf, params["theta"], named), x)
 
     def advance(gradient: PyTree, params: PyTree) -> PyTree:
         step = _index(params["step"], inner_steps)
-        theta = jax.tree.map(lambda sizes, leaf: -sizes[step] * leaf, params["step_sizes"], gradient["theta"])
+
+        def update(slope: Array, sizes: Array, named: bool) -> Array:
+            return jnp.zeros_like(slope) if named else -sizes[step] * slope
+
+        theta = jax.tree.map(update, gradient["theta"], params["step_sizes"], named)
         step_sizes = jax.tree.map(jnp.zeros_like, params["step_sizes"])
         return {"theta": theta, "step_sizes": step_sizes, "step": jnp.ones_like(params["step"])}
 

@@ -39,10 +39,10 @@ def losses_by_step(params):
     return jax.vmap(of_task)(TASKS).mean(0)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1])
-def test_earlier_steps_count_less_and_less(chunk_size):
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 1}, {"differentiation": "reverse"}])
+def test_earlier_steps_count_less_and_less(options):
     """A third each at first, three quarters of that after a quarter of the time, and nothing from its end on."""
-    learner = BUILD(chunk_size=chunk_size)
+    learner = BUILD(**options)
     update, state = jax.jit(learner.update), learner.init(KEY)
     for number, weights in enumerate([(4, 4, 4), (3, 3, 6), (2, 2, 8), (1, 1, 10), (0, 0, 12), (0, 0, 12)]):
         assert state.extra == number
@@ -58,6 +58,22 @@ def test_in_the_end_it_is_maml():
     state = learner.init(KEY)._replace(extra=jnp.int32(4))
     ours, theirs = (jax.jit(one.update)(KEY, state, TASKS)[0].params for one in (learner, plain))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours, theirs)
+
+
+def test_several_seeds_and_a_single_step():
+    """Each seed counts for itself; with one step it is MAML from the beginning."""
+    learner, plain = BUILD(inner_steps=1), maml(MODEL, mse, **SHARED | {"inner_steps": 1})
+    states = jax.vmap(learner.init)(jax.random.split(KEY, 2))._replace(extra=jnp.array([0, 7], jnp.int32))
+    ours, theirs = (jax.jit(jax.vmap(one.update, (None, 0, None)))(KEY, states, TASKS)[0] for one in (learner, plain))
+    assert ours.extra.tolist() == [1, 8]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), ours.params, theirs.params)
+
+
+def test_in_first_order_it_has_another_gradient():
+    first, second = (BUILD(differentiation=name) for name in ("first_order", "mixed"))
+    one, two = (jax.jit(learner.update)(KEY, learner.init(KEY), TASKS) for learner in (first, second))
+    np.testing.assert_allclose(one[1]["loss"], two[1]["loss"], rtol=1e-6)
+    assert abs(one[1]["grad_norm"] / two[1]["grad_norm"] - 1) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["inner_steps", "multi_step_updates", "eval_steps"])

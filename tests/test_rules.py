@@ -126,12 +126,12 @@ SCALED = Model(lambda key: {"kernel": jnp.float32(2.0), "scale": jnp.float32(1.0
 
 def test_each_step_has_its_own_step_sizes_and_parameters():
     """Of the kernel; the scale of the network after i steps is its i-th one, and beyond the last step its last."""
-    model, rule = learned_by_step(SCALED, 0.5, 2, own="scale")
+    model, rule = learned_by_step(SCALED, 0.5, 2, per_step="scale")
     params = model.init(jax.random.key(0))
     assert params["step_sizes"]["kernel"].tolist() == [0.5, 0.5]
     assert params["theta"]["scale"].tolist() == [1, 1, 1]
     params["theta"]["scale"], params["step_sizes"]["kernel"] = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 0.25])
-    _, path = adapt(lambda p, _: model.apply(p, 1.0), params, jnp.zeros(4), all_but("scale", rule))
+    _, path = adapt(lambda p, _: model.apply(p, 1.0), params, jnp.zeros(4), rule)
     # Its derivative is the scale: 2 - 0.5 * 1, - 0.25 * 2, and from there on with the last step size and the last scale.
     np.testing.assert_allclose(path["theta"]["kernel"], [2, 1.5, 1, 0.25, -0.5])
     np.testing.assert_allclose(jax.vmap(model.apply, (0, None))(path, 1.0), [2, 3, 3, 0.75, -1.5])
@@ -141,8 +141,8 @@ def test_each_step_has_its_own_step_sizes_and_parameters():
 @pytest.mark.parametrize("mode", ["mixed", "reverse"])
 def test_meta_gradient_of_what_each_step_has_of_its_own(mode):
     """L = k_2 s_2 with k_2 = k - a_0 s_0 - a_1 s_1."""
-    model, rule = learned_by_step(SCALED, 0.5, 2, own="scale")
-    rule, params = all_but("scale", rule), model.init(jax.random.key(0))
+    model, rule = learned_by_step(SCALED, 0.5, 2, per_step="scale")
+    params = model.init(jax.random.key(0))
     params["theta"]["scale"], params["step_sizes"]["kernel"] = jnp.array([1.0, 2.0, 3.0]), jnp.array([0.5, 0.25])
 
     def outer(params):
@@ -158,11 +158,12 @@ def test_meta_gradient_of_what_each_step_has_of_its_own(mode):
 
 def test_what_steps_can_not_have_of_their_own_is_refused():
     with pytest.raises(ValueError, match=r"no parameter and no layer is called \['shift'\]"):
-        learned_by_step(SCALED, 0.5, 2, own="shift")[0].init(jax.random.key(0))
+        learned_by_step(SCALED, 0.5, 2, per_step="shift")
     with pytest.raises(ValueError, match="inner_steps must be a whole number of at least 1, got 0"):
         learned_by_step(SCALED, 0.5, 0)
-    with pytest.raises(ValueError, match="positive and finite"):
-        learned_by_step(SCALED, -0.5, 2)
+    for step_size in (-0.5, optax.sgd(0.1)):
+        with pytest.raises(ValueError, match="positive and finite"):
+            learned_by_step(SCALED, step_size, 2)
 
 
 def test_all_but_leaves_the_named_parameters_to_the_outer_loop():

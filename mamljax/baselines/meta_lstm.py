@@ -10,6 +10,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from mamljax.checks import check_count
+from mamljax.rules import check_step_size
 from mamljax.types import Model, PyTree
 
 LOG_RANGE = 10  # p: gradients above exp(-p) are seen by their logarithm
@@ -44,23 +45,27 @@ def meta_lstm(model: Model, inner_lr: float, *, hidden: int = 20) -> tuple[Model
         constants.
 
     Raises:
-        ValueError: a step size outside of (0, 1), which a gate cannot have; a count below 1.
+        ValueError: a step size that is not positive, or not below 1, as a gate is; a count below 1.
 
     Differs from the paper: the LSTM does not see the loss, as an inner rule gets gradients and parameters alone.
     """
     check_count("hidden", hidden)
-    if not 0 < inner_lr < 1:
-        raise ValueError(f"the step size of a gate must lie between 0 and 1, got {inner_lr}. The paper begins with about 0.01.")
+    check_step_size(inner_lr)
+    if inner_lr >= 1:
+        raise ValueError(f"the step size of a gate must be below 1, got {inner_lr}. The paper begins with about 0.01.")
 
     def init(key: Array) -> PyTree:
         theta_key, lstm_key, input_key, forget_key = jax.random.split(key, 4)
         small = jax.nn.initializers.normal(0.01)  # so that what the first steps do is up to the biases
-        first = {
-            "lstm": {"kernel": small(lstm_key, (2 + hidden, 4 * hidden)), "bias": jnp.zeros((1, 4 * hidden))},
-            "input": {"kernel": small(input_key, (hidden + 2,)), "bias": jnp.float32(math.log(inner_lr / (1 - inner_lr)))},
-            "forget": {"kernel": small(forget_key, (hidden + 2,)), "bias": jnp.float32(KEPT)},
+        cell = {
+            "lstm_kernel": small(lstm_key, (2 + hidden, 4 * hidden)),
+            "lstm_bias": jnp.zeros((1, 4 * hidden)),
+            "input_kernel": small(input_key, (hidden + 2,)),
+            "input_bias": jnp.float32(math.log(inner_lr / (1 - inner_lr))),
+            "forget_kernel": small(forget_key, (hidden + 2,)),
+            "forget_bias": jnp.float32(KEPT),
         }
-        return {"theta": model.init(theta_key), "cell": first}
+        return {"theta": model.init(theta_key), "cell": cell}
 
     def begin(params: PyTree) -> CellState:
         size = ravel_pytree(params["theta"])[0].size
@@ -69,9 +74,9 @@ def meta_lstm(model: Model, inner_lr: float, *, hidden: int = 20) -> tuple[Model
     def step(gradient: PyTree, state: CellState, params: PyTree) -> tuple[PyTree, CellState]:
         slope, unravel = ravel_pytree(gradient["theta"])
         theta, cell = ravel_pytree(params["theta"])[0], params["cell"]
-        out, memory = _lstm(cell["lstm"], jnp.concatenate([seen(slope), state.hidden], axis=1), state.memory)
-        input_gate = _gate(cell["input"], out, theta, state.input_gate)
-        forget_gate = _gate(cell["forget"], out, theta, state.forget_gate)
+        out, memory = _lstm(cell, jnp.concatenate([seen(slope), state.hidden], axis=1), state.memory)
+        input_gate = _gate(cell["input_kernel"], cell["input_bias"], out, theta, state.input_gate)
+        forget_gate = _gate(cell["forget_kernel"], cell["forget_bias"], out, theta, state.forget_gate)
         updates = {
             "theta": unravel((forget_gate - 1) * theta - input_gate * slope),
             "cell": jax.tree.map(jnp.zeros_like, cell),
@@ -93,15 +98,15 @@ def seen(slope: Array) -> Array:
     return jnp.stack([logarithm, jnp.where(size >= smallest, jnp.sign(slope), slope / smallest)], axis=1)
 
 
-def _lstm(weights: PyTree, inputs: Array, memory: Array) -> tuple[Array, Array]:
+def _lstm(cell: PyTree, inputs: Array, memory: Array) -> tuple[Array, Array]:
     """One step of an LSTM: its inputs and last outputs [n, 2 + h], its memory [n, h] -> outputs and memory, both [n, h]."""
-    gates = inputs @ weights["kernel"] + weights["bias"]
+    gates = inputs @ cell["lstm_kernel"] + cell["lstm_bias"]
     take, keep, show, new = jnp.split(gates, 4, axis=1)
     memory = jax.nn.sigmoid(keep) * memory + jax.nn.sigmoid(take) * jnp.tanh(new)
     return jax.nn.sigmoid(show) * jnp.tanh(memory), memory
 
 
-def _gate(weights: PyTree, out: Array, theta: Array, last: Array) -> Array:
+def _gate(kernel: Array, bias: Array, out: Array, theta: Array, last: Array) -> Array:
     """A gate of each coordinate, in (0, 1): [n]."""
     inputs = jnp.concatenate([out, theta[:, None], last[:, None]], axis=1)
-    return jax.nn.sigmoid(inputs @ weights["kernel"] + weights["bias"])
+    return jax.nn.sigmoid(inputs @ kernel + bias)

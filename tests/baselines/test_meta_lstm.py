@@ -38,18 +38,18 @@ def test_two_steps_are_those_of_the_paper():
         return 1.5 * sum((leaf**2).sum() for leaf in jax.tree.leaves(params["theta"]))
 
     final, _ = adapt(loss, params, jnp.zeros(2), rule)
-    np.testing.assert_array_equal(final["cell"]["lstm"]["kernel"], cell["lstm"]["kernel"])
+    np.testing.assert_array_equal(final["cell"]["lstm_kernel"], cell["lstm_kernel"])
     expected = []
     for theta in (1.0, -2.0, 0.5):
         hidden, memory, taken, kept = np.zeros(2), np.zeros(2), 0.0, 0.0
         for _ in range(2):
             slope = 3 * theta
             inputs = [math.log(abs(slope)) / 10, np.sign(slope), *hidden]
-            i, f, o, g = (inputs @ cell["lstm"]["kernel"] + cell["lstm"]["bias"][0]).reshape(4, 2)
+            i, f, o, g = (inputs @ cell["lstm_kernel"] + cell["lstm_bias"][0]).reshape(4, 2)
             memory = sigmoid(f) * memory + sigmoid(i) * np.tanh(g)
             hidden = sigmoid(o) * np.tanh(memory)
-            taken = sigmoid(np.array([*hidden, theta, taken]) @ cell["input"]["kernel"] + cell["input"]["bias"])
-            kept = sigmoid(np.array([*hidden, theta, kept]) @ cell["forget"]["kernel"] + cell["forget"]["bias"])
+            taken = sigmoid(np.array([*hidden, theta, taken]) @ cell["input_kernel"] + cell["input_bias"])
+            kept = sigmoid(np.array([*hidden, theta, kept]) @ cell["forget_kernel"] + cell["forget_bias"])
             theta = kept * theta - taken * slope
         expected.append(theta)
     np.testing.assert_allclose(np.concatenate([final["theta"]["a"], final["theta"]["b"]]), expected, rtol=1e-5)
@@ -69,9 +69,9 @@ def test_what_it_sees_of_gradients_of_all_sizes():
     np.testing.assert_allclose(seen(slopes), [[0, 1], [-0.5, -1], [-1, math.exp(-1)], [-1, 0]], rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("inner_lr", [0.0, 1.0, -0.1, float("nan")])
+@pytest.mark.parametrize("inner_lr", [0.0, 1.0, -0.1, float("nan"), optax.sgd(0.1)])
 def test_a_gate_is_between_zero_and_one(inner_lr):
-    with pytest.raises(ValueError, match="must lie between 0 and 1, got"):
+    with pytest.raises(ValueError, match="step size.*must be (positive|below 1).*, got"):
         meta_lstm(mlp(1, (8,), 1), inner_lr)
 
 

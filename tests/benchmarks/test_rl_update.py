@@ -1,9 +1,13 @@
 """The benchmark of reinforcement learning's meta-updates at tiny size."""
 
+import arithmetic
+import jax
+import optax
 import pytest
 import rl_update
 
 from mamljax import report
+from mamljax.rl.navigation import navigation
 
 TINY = ["--tasks", "navigation", "--num-tasks", "2", "--trajectories", "3", "--horizon", "2", "--repeats", "1"]
 
@@ -18,6 +22,20 @@ def test_writes_time_and_gain_of_each(tmp_path):
     assert alone.keys() == {"the environment alone", *(f"the products of {number} iterations alone" for number in (1, 2))}
     assert all(seconds > 0 for seconds in alone.values())
     assert two["fall of the loss in the first meta-update"] != one["fall of the loss in the first meta-update"]
+
+
+def test_it_counts_the_products_of_each_iteration_and_one_evaluation_of_the_line_search():
+    """Without iterations they are those of any optimiser, after which the learner itself evaluates the loss once."""
+    sizes = {"trajectories": 3, "horizon": 2}
+    one, two, three = (
+        arithmetic.flops(rl_update.products_of_update(navigation(), cg_steps=steps, num_tasks=2, **sizes))
+        for steps in (1, 2, 3)
+    )
+    assert three - two == two - one > 0
+    learner, key = rl_update.build_learner(navigation(), optax.sgd(0.1), **sizes), jax.random.key(0)
+    tasks = jax.vmap(navigation().sample_task)(jax.random.split(key, 2))
+    plain = arithmetic.flops(arithmetic.products(learner.update, key, learner.init(key), tasks))
+    assert one - (two - one) == plain
 
 
 @pytest.mark.parametrize(

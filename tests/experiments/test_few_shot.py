@@ -20,7 +20,6 @@ from mamljax import report
 from mamljax.checkpoint import claim_directory
 from mamljax.record import read_metrics
 from mamljax.train import read_best
-from mamljax.types import Examples, Task
 
 TINY = [
     "--dataset",
@@ -41,6 +40,8 @@ TINY = [
     "2",
     "--steps",
     "20",
+    "--inner-lr",
+    "0.5",
     "--num-tasks",
     "2",
     "--chunk-size",
@@ -62,7 +63,7 @@ TINY = [
     "0.5",
 ]
 COMPARING = ("nearest_neighbour", "matching", "siamese", "prototypical")
-METHODS = ("maml", "meta_sgd", "maml++", "random", "fine_tuning", *COMPARING)
+METHODS = ("maml", "meta_sgd", "maml++", "meta_lstm", "random", "fine_tuning", *COMPARING)
 
 
 def draw_class(rng):
@@ -107,7 +108,7 @@ def finished(images, banks, tmp_path_factory):
 def test_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     figures = {"learning_curves.png", "training_curves.png", "episodes_maml.png", "episodes_meta_sgd.png"}
-    figures |= {"episodes_maml++.png"}
+    figures |= {"episodes_maml++.png", "episodes_meta_lstm.png"}
     assert names == figures | {"checkpoints", "config.json", "report.md", "results.json"}
     for name in figures:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
@@ -243,14 +244,15 @@ def test_presets_state_the_settings_of_the_paper():
         assert p.out.name == name
         assert p.method == ("maml++" if plus_plus else "maml",)
         assert (p.steps, p.annealing) == ((50_000, 50_000) if plus_plus else (60_000, None))
-    for p in presets.values():
-        assert eval_queries(p) == p.shots
-        assert ("omniglot" not in p.preset) or p.queries == p.shots
+    for name, p in presets.items():
+        mini, plus_plus = "mini" in name, name.endswith("++")
+        assert p.queries == (15 if mini else 1 if plus_plus else p.shots)
+        assert eval_queries(p) == ((15 if mini else 1) if plus_plus else p.shots)
 
 
 def test_the_outer_step_size_falls_to_a_hundredth_if_asked():
-    """Of Adam, whose first updates are of its step size, in the direction of the gradient's sign."""
-    options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], annealing=4, clip=0.5)
+    """Of Adam, whose updates are of its step size if the gradient stays as it is."""
+    options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], annealing=4)
     gradient = {"w": jnp.array([3.0, -0.1])}
     tx, sizes = few_shot.outer_optimiser(options), []
     state = tx.init(gradient)
@@ -259,6 +261,18 @@ def test_the_outer_step_size_falls_to_a_hundredth_if_asked():
         sizes.append(np.asarray(updates["w"]))
     falling = 1e-3 * np.array([1, 0.8550, 0.505, 0.1550, 0.01, 0.01])
     np.testing.assert_allclose(sizes, falling[:, None] * np.array([-1, 1]), rtol=1e-3)
+
+
+def test_meta_gradients_are_clipped_if_asked():
+    """By element, before Adam sees them."""
+    clipped, plain = (
+        few_shot.outer_optimiser(dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], clip=clip)) for clip in (0.5, None)
+    )
+    ours, theirs = clipped.init(jnp.zeros(2)), plain.init(jnp.zeros(2))
+    for raw, within in (([3.0, -0.1], [0.5, -0.1]), ([0.1, -7.0], [0.1, -0.5])):
+        one, ours = clipped.update(jnp.array(raw), ours)
+        two, theirs = plain.update(jnp.array(within), theirs)
+        np.testing.assert_array_equal(one, two)
 
 
 @pytest.mark.parametrize("precision", ["float32", "tensorfloat32", "bfloat16"])
@@ -315,21 +329,6 @@ def test_what_a_method_adapts(method, moves):
     assert parts == moves
 
 
-def test_the_lstm_takes_the_steps_of_few_shot_learning():
-    """Its update keeps the state, and its evaluation has every step; a step size that a gate cannot have is refused."""
-    options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s-fc"], inner_lr=0.1, inner_steps=2)
-    nothing = dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled"))
-    data = Data(jnp.zeros((1, 28, 28, 1)), 5, **nothing)
-    learner = few_shot.build_learner("meta_lstm", options, data, eval_steps=3, rule=0.1)
-    task = Task(*[Examples(jnp.zeros((5, 28, 28, 1)), jnp.arange(5))] * 2)
-    state = jax.eval_shape(learner.init, jax.random.key(0))
-    tasks = jax.tree.map(lambda leaf: leaf[None], task)
-    assert jax.eval_shape(learner.update, jax.random.key(0), state, tasks)[0] == state
-    assert jax.eval_shape(learner.evaluate, jax.random.key(0), state, task)["accuracy"].shape == (4,)
-    with pytest.raises(ValueError, match="must lie between 0 and 1, got 2.0"):
-        few_shot.build_learner("meta_lstm", options, data, eval_steps=3, rule=2.0)
-
-
 def test_results_are_of_what_was_trained(finished):
     rows = report.read_results(finished / "results.json")["rows"]
     assert {row.setting for row in rows} == {"folder, 3-way 1-shot, fully_connected"}
@@ -381,7 +380,7 @@ def copy(images, folder, *, suffix=".png", mode="L", size=12):
     return folder / "support", folder / "query"
 
 
-@pytest.mark.parametrize("method", ["maml", "meta_sgd", "maml++"])
+@pytest.mark.parametrize("method", ["maml", "meta_sgd", "maml++", "meta_lstm"])
 def test_adapt_writes_predictions(finished, images, tmp_path, method):
     support, query = copy(images, tmp_path)
     assert predict(finished, support, query, tmp_path / "out" / "p.csv", "--method", method) == 0
@@ -441,7 +440,7 @@ def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
     )
     assert "--steps must be a whole number of at least 1, got 0" in error(finished, support, query, out, "--steps", 0)
     assert "Give --inner-lr" in error(finished, support, query, out, "--method", "pretrained")
-    for method in ("meta_sgd", "maml++"):
+    for method in ("meta_sgd", "maml++", "meta_lstm"):
         assert "Leave --inner-lr out" in error(finished, support, query, out, "--method", method, "--inner-lr", 0.1)
     assert "--out must be the file to write" in error(finished, support, query, out.parent)
     assert "cannot read the directory" in error(finished, tmp_path / "none", query, out)
