@@ -30,6 +30,7 @@ ENTRIES = (
     Entry("Sinusoids, 5 points: squared error", "sinusoid", 1),
     Entry("Sinusoids, 5 points: squared error", "sinusoid", 10),
     Entry("Omniglot 5-way 1-shot, %", "omniglot-5w1s", 3),
+    Entry("Omniglot 5-way 1-shot, MAML++, %", "omniglot-5w1s_maml++", 5, "maml++"),
     Entry("Omniglot 5-way 5-shot, %", "omniglot-5w5s", 3),
     Entry("Omniglot 20-way 1-shot, %", "omniglot-20w1s", 5),
     Entry("Omniglot 20-way 1-shot, prototypical networks, %", "omniglot-20w1s_prototypical", 0, "prototypical"),
