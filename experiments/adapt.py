@@ -12,15 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import few_shot
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from few_shot_data import Data
+from few_shot_learners import adapted_by, set_precision
+from few_shot_presets import Options as RunOptions
 from few_shot_presets import image_shape
+from few_shot_trained import read_options, read_trained
 
-from mamljax.checkpoint import CheckpointError, read_config
+from mamljax.checkpoint import CheckpointError
 from mamljax.checks import check_count
 from mamljax.data.bank import DataError
 from mamljax.data.decoding import decode
@@ -28,7 +29,6 @@ from mamljax.data.folders import SUFFIXES
 from mamljax.files import write_atomically
 from mamljax.losses import cross_entropy
 from mamljax.maml import fine_tune
-from mamljax.train import read_best
 from mamljax.types import Examples
 
 
@@ -80,32 +80,16 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
     support = Examples(load([file for of_class in files for file in of_class], run), labels)
 
-    few_shot.set_precision(run)
-    image = jnp.zeros(image_shape(run))
-    nothing = dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled"))  # it learns no more
-    data = Data(image, run.ways, **nothing)
-    learner = few_shot.build_learner(options.method, run, data, eval_steps=steps, rule=lr)
-    states = read_best(learner, options.checkpoint / "checkpoints" / options.method)
-    params = jax.tree.map(lambda leaf: leaf[0], states.params)
-    network, rule = few_shot.adapted_by(options.method, run, image, lr)
-    adapted, _ = fine_tune(network, cross_entropy, params, support, rule, steps)
+    set_precision(run)
+    trained = read_trained(options.checkpoint / "checkpoints" / options.method, run.ways)
+    network, rule = adapted_by(options.method, run, lr)
+    adapted, _ = fine_tune(network, cross_entropy, trained.params, support, rule, steps)
 
     def logits(x: jax.Array) -> jax.Array:
         return network.apply(adapted, jnp.concatenate([support.x, x[None]]))[-1]
 
     probabilities = jax.nn.softmax(jax.lax.map(logits, load(queries, run)))
     return [folder.name for folder in folders], [str(file) for file in queries], np.asarray(probabilities)
-
-
-def read_options(directory: Path) -> few_shot.Options:
-    """Read the options with which a run was trained."""
-    try:
-        config = read_config(directory)
-        if config.pop("experiment") != "few_shot":
-            raise ValueError("it is of another experiment")
-        return few_shot.Options(**config | {"precision": "float32"})  # for a few images, whatever it was trained with
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory} is no output directory of few_shot.py ({error}).") from error
 
 
 def listed(directory: Path) -> list[Path]:
@@ -126,7 +110,7 @@ def images_in(directory: Path) -> list[Path]:
     return files
 
 
-def load(files: Sequence[Path], run: few_shot.Options) -> jax.Array:
+def load(files: Sequence[Path], run: RunOptions) -> jax.Array:
     """Read images as the network was trained on them: [n, H, W, C] float32 in [0, 1]."""
     _, size, _, channels = image_shape(run)
     images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files])

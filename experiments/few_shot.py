@@ -5,7 +5,6 @@ never saw, after 0 to 10 steps of gradient descent on their labelled images.
 """
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ import numpy as np
 import optax
 import runner
 from few_shot_data import Data, load
+from few_shot_learners import adapted_by, build_learner, set_precision
 from few_shot_presets import (
     MAML,
     PRESETS,
@@ -29,28 +29,19 @@ from few_shot_presets import (
     check_methods,
     eval_tasks,
 )
+from few_shot_trained import Trained, beginning_with, classifier_of, read_trained
 from jax import Array
 from jax.tree_util import Partial
 
-from mamljax import image_models, models, report
-from mamljax.baselines.meta_lstm import meta_lstm
-from mamljax.baselines.metric_learning import matching, prototypical, siamese
-from mamljax.baselines.pretrain import pretrain
-from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
-from mamljax.checkpoint import CheckpointError
+from mamljax import report
 from mamljax.evaluate import evaluate, mean_and_ci95
-from mamljax.losses import accuracy, cross_entropy
-from mamljax.maml import fine_tune, maml
-from mamljax.maml_plus_plus import maml_plus_plus
-from mamljax.record import read_metrics
-from mamljax.rules import Rule, all_but, learned_by_step, learned_step_sizes
-from mamljax.train import read_best
-from mamljax.types import MetaLearner, Model, PyTree, SampleFn, State, Task, as_argument
+from mamljax.losses import cross_entropy
+from mamljax.maml import fine_tune
+from mamljax.types import MetaLearner, PyTree, SampleFn, State, Task, as_argument
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NORM_PARAMETERS = {"shift": ("shift",), "scale_and_shift": ("shift", "scale")}  # of the outer loop alone
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tuning is tuned
 
@@ -59,16 +50,17 @@ def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
     set_precision(options)
     check_methods(options)
-    data, origin = load(options), origin_of_features(options)
+    data = load(options)
+    begun_with = None if options.begin_with is None else read_trained(options.begin_with, data.num_classes)
     run.config["bank"] = data.checksum
     rows, trained = [], {}
     for method in options.method:
-        states, num_updates = train(method, options, data, run)
-        if num_updates == 0 and method != "random":  # time ran out before
+        states, num_updates = train(method, options, data, run, begun_with)
+        if num_updates == 0 and options.steps and method != "random":  # time ran out before
             continue
         with run.sharing():
             lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
-            learner = build_learner(method, options, data, eval_steps=options.eval_steps, rule=lr)
+            learner = build_learner(method, options, data.num_classes, eval_steps=options.eval_steps, rule=lr)
             sizes = {"num_tasks": eval_tasks(options), "batch_size": runner.tasks_at_a_time(options, at_least=40)}
             scores = accuracies(learner, states, data.test, seed=TEST_SEED, **sizes)
         mean, ci95 = mean_and_ci95(100 * scores)
@@ -84,7 +76,7 @@ def execute(options: Options, run: runner.Run) -> None:
             tasks=eval_tasks(options),
             published={} if published is None else {published_step: published},
             source=SOURCES.get(method, SOURCE),
-            note=", ".join(origin + [f"step size {lr:g}"] * (method in TUNED)),
+            note=", ".join([f"from {begun_with}"] * (begun_with is not None) + [f"step size {lr:g}"] * (method in TUNED)),
             **run.effort(method, best=True) | {"meta_updates": num_updates},
         )
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
@@ -95,99 +87,16 @@ def execute(options: Options, run: runner.Run) -> None:
         draw_episodes(method, options, data, *trained[method], options.out / f"episodes_{method}.png")
 
 
-def set_precision(options: Options) -> None:
-    """Let products be as precise as `--precision` says; those of bfloat16 are already, by the numbers that they multiply."""
-    of_float32 = "tensorfloat32" if options.precision == "bfloat16" else options.precision
-    jax.config.update("jax_default_matmul_precision", of_float32)
-
-
-def build_network(options: Options, image: Array, ways: int | None) -> Model:
-    """Build the network for images like [1, H, W, C]; without ways, its features alone."""
-    norm = functools.partial(
-        image_models.BatchStatNorm,
-        use_scale=options.norm == "scale_and_shift",
-        reference=options.ways * options.shots if options.statistics == "inductive" else None,
-    )
-    modules = {
-        "strided_conv": image_models.StridedConvNet(ways, options.filters, norm=norm),
-        "pooled_conv": image_models.PooledConvNet(ways, options.filters, norm=norm),
-        "fully_connected": image_models.FullyConnectedNet(ways, norm=norm),
-    }
-    network = models.from_linen(modules[options.network], image)
-    return models.mixed_precision(network) if options.precision == "bfloat16" else network
-
-
-def adapted_by(method: Method, options: Options, image: Array, rule: Rule) -> tuple[Model, optax.GradientTransformation]:
-    """Build the network as a method adapts it, and what it adapts by the rule: all parameters but those of normalisation."""
-    features, network = (build_network(options, image, ways) for ways in (None, options.ways))
-    below, all_layers = (jax.eval_shape(model.init, jax.random.key(0)).keys() for model in (features, network))
-    frozen = NORM_PARAMETERS[options.norm]
-    match method:
-        case "anil":
-            frozen = below
-        case "boil":
-            frozen = (*frozen, *(all_layers - below))
-        case "meta_sgd":
-            network, rule = learned_step_sizes(network, rule)
-        case "maml++":
-            return learned_by_step(network, rule, options.inner_steps, per_step=frozen)
-        case "meta_lstm":
-            network, rule = meta_lstm(network, rule)
-    return network, all_but(tuple(frozen), rule)
-
-
-def outer_optimiser(options: Options) -> optax.GradientTransformation:
-    """Adam, whose step size falls if it is to, after clipping."""
-    lr = options.meta_lr
-    adam = optax.adam(lr if options.annealing is None else optax.cosine_decay_schedule(lr, options.annealing, alpha=0.01))
-    return adam if options.clip is None else optax.chain(optax.clip(options.clip), adam)
-
-
-def build_learner(method: Method, options: Options, data: Data, *, eval_steps: int, rule: Rule) -> MetaLearner:
-    """Build the learner of a method, which adapts by the rule, if at all."""
-    shared = {
-        "tx": outer_optimiser(options),
-        "metric_fns": {"accuracy": accuracy},
-        "chunk_size": runner.tasks_at_a_time(options),
-    }
-    network, adaptation_rule = adapted_by(method, options, data.image, rule)
-    adaptation = {"rule": adaptation_rule, "eval_steps": eval_steps}
-    differentiation = "first_order" if method in ("fomaml", "meta_lstm") else options.differentiation
-    learning = adaptation | {"inner_steps": options.inner_steps, "differentiation": differentiation}
-    classifier = {"num_classes": data.num_classes, "ways": options.ways}
-    features = build_network(options, data.image, None)
-    match method:
-        case "maml" | "fomaml" | "anil" | "boil" | "meta_sgd" | "meta_lstm":
-            return maml(network, cross_entropy, **learning, **shared)
-        case "maml++":
-            multi_step_updates = options.multi_step_updates
-            return maml_plus_plus(network, cross_entropy, multi_step_updates=multi_step_updates, **learning, **shared)
-        case "pretrained" | "random":
-            return pretrain(network, cross_entropy, **adaptation, **shared)
-        case "fine_tuning":
-            return fine_tuning(features, data.image, cross_entropy, **classifier, **adaptation, **shared)
-        case "nearest_neighbour":
-            return nearest_neighbour(features, data.image, cross_entropy, **classifier, **shared)
-        case "matching":
-            return matching(features, cross_entropy, ways=options.ways, **shared)
-        case "siamese":
-            return siamese(features, data.image, cross_entropy, ways=options.ways, **shared)
-        case "prototypical":
-            return prototypical(features, cross_entropy, ways=options.ways, **shared)
-
-
-def train(method: Method, options: Options, data: Data, run: runner.Run) -> tuple[State, int]:
+def train(method: Method, options: Options, data: Data, run: runner.Run, begun_with: Trained | None) -> tuple[State, int]:
     """Train a method from every seed; returns the best states [seeds] and the number of meta-updates done."""
     lr = options.tuning_lrs[0] if method in TUNED else options.inner_lr
-    learner = build_learner(method, options, data, eval_steps=options.test_steps, rule=lr)
+    learner = build_learner(method, options, data.num_classes, eval_steps=options.test_steps, rule=lr)
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
-    if options.features is not None:
-        classifier = read_best(build_learner("nearest_neighbour", options, data, eval_steps=1, rule=lr), options.features)
-        if method in TRANSFER:
-            return classifier, updates_of(options.features)
-        features = jax.tree.map(lambda leaf: leaf[0], classifier.params["features"])
-        learner = learner._replace(init=functools.partial(begin_with, features, learner.init))
+    if begun_with is not None and method in TRANSFER:
+        return classifier_of(begun_with)
+    if begun_with is not None:
+        learner = learner._replace(init=beginning_with(begun_with, options, learner.init))
 
     def validation_error(sample: SampleFn, state: State) -> Array:
         key = jax.random.key(VALIDATION_SEED)
@@ -201,25 +110,6 @@ def train(method: Method, options: Options, data: Data, run: runner.Run) -> tupl
         config["classes"] = data.parts
     result = run.train(method, learner, sample, validate_fn=Partial(validation_error, as_argument(data.val)), config=config)
     return result.best, result.num_updates
-
-
-def begin_with(features: PyTree, init: Callable[[Array], State], key: Array) -> State:
-    """The first state of a network that has these features; what they have not, its output layer, is zero."""
-    state = init(key)
-    return state._replace(params=jax.tree.map(jnp.zeros_like, state.params) | features)
-
-
-def origin_of_features(options: Options) -> list[str]:
-    """What the results say of `--features`, if they are given."""
-    return [] if options.features is None else [f"features of {updates_of(options.features):,} updates"]
-
-
-def updates_of(directory: Path) -> int:
-    """For how many updates a run was trained."""
-    lines = read_metrics(directory / "metrics.jsonl")
-    if not lines:
-        raise CheckpointError(f"--features: {directory} holds no training run. A script's are OUT/checkpoints/METHOD.")
-    return lines[-1]["update"]
 
 
 def accuracies(learner: MetaLearner, states: State, sample: SampleFn, *, num_tasks: int, batch_size: int, seed: int) -> Array:
@@ -237,7 +127,7 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
 
     @jax.jit
     def score(lr: Array, states: State, sample: SampleFn) -> Array:
-        learner = build_learner(method, options, data, eval_steps=options.test_steps, rule=optax.sgd(lr))
+        learner = build_learner(method, options, data.num_classes, eval_steps=options.test_steps, rule=optax.sgd(lr))
         sizes = {"num_tasks": options.validation_tasks, "batch_size": runner.tasks_at_a_time(options, at_least=40)}
         scores = accuracies(learner, states, sample, seed=VALIDATION_SEED, **sizes)
         return scores[..., -1].mean()
@@ -247,7 +137,7 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
 
 def draw_episodes(method: Method, options: Options, data: Data, state: State, lr: float, path: Path, *, count: int = 4) -> None:
     """Draw test episodes: support images, then query images with their prediction before and after adaptation."""
-    network, rule = adapted_by(method, options, data.image, lr)
+    network, rule = adapted_by(method, options, lr)
 
     @jax.jit
     def adapted(params: PyTree, sample: SampleFn, key: Array) -> tuple[Task, Array]:

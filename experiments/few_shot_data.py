@@ -2,10 +2,8 @@
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from few_shot_presets import TRANSFER, Options, eval_queries, image_shape
-from jax import Array
+from few_shot_presets import TRANSFER, Options, eval_queries
 
 from mamljax.data.bank import Bank, images_of
 from mamljax.data.folders import image_folders, split_folders
@@ -18,7 +16,6 @@ from mamljax.types import SampleFn
 class Data(NamedTuple):
     """The samplers of a data set."""
 
-    image: Array  # [1, H, W, C] zeros, for its shape
     num_classes: int  # in training
     checksum: str  # of all images
     parts: dict[str, list[str]]  # the names of the classes of each split
@@ -63,7 +60,6 @@ def load(options: Options) -> Data:
         counts = bank.counts[split["train"]]
         classifier_sample = labelled(images_of(bank, split["train"]), number=number, rotations=rotations, counts=counts)
     return Data(
-        image=jnp.zeros(image_shape(options)),
         num_classes=len(split["train"]),
         checksum=bank.checksum,
         parts={part: [bank.names[number] for number in numbers] for part, numbers in split.items()},

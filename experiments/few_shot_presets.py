@@ -77,6 +77,7 @@ Method = Literal[
 ]
 
 MAML = ("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "meta_lstm")  # they learn to adapt
+MORE_THAN_A_NETWORK = ("meta_sgd", "maml++", "meta_lstm", "siamese")  # of these are their parameters
 TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
 
 
@@ -162,11 +163,12 @@ class Options(runner.Options):
     """Arithmetic of products, where the device has others than float32; with bfloat16 that of the whole network, but for the
     statistics of normalisation. Parameters, the loss and the optimiser are always float32. A run may go on with another one;
     its results then name the last."""
-    features: Path | None = None
-    """Features to begin with: those of a classifier that nearest_neighbour or fine_tuning trained, its best in validation, in
-    OUT/checkpoints/METHOD of their run with the same network. MAML goes on from there, with an output layer of zeros, first
-    order and anil as well, and so do matching and prototypical networks; the two themselves are evaluated with them and train
-    none."""
+    begin_with: Path | None = None
+    """Another run's network to begin with, its best in validation: OUT/checkpoints/METHOD of that run, whose network has the
+    same layers. It may have learned from other images, or with another number of ways or shots. Its output layer stays, the
+    first of more outputs; it begins with zeros if there are too few, and on the features of a classifier that
+    nearest_neighbour or fine_tuning trained. These two themselves are evaluated with such a classifier and train none. With
+    --steps 0 it is evaluated as it is."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy after the training; the
     first also serves for validation during it."""
@@ -180,6 +182,7 @@ class Options(runner.Options):
         *("data_dir", "cache_dir", "images_on", "chunk_size", "eval_steps", "eval_tasks"),
         "precision",  # it depends on the device, of which there may be another by then
     )
+    may_be_zero = ("seed", "steps")
 
 
 def _preset(name: str, **options: object) -> Options:
@@ -243,12 +246,12 @@ def eval_tasks(options: Options) -> int:
 
 
 def check_methods(options: Options) -> None:
-    """The step size is one that every method can have, and `--features` is given only to what can use them."""
+    """The step size is one that every method can have, and `--begin-with` is given only to what can begin so."""
     if "meta_lstm" in options.method and not options.inner_lr < 1:
         raise ValueError(f"--method meta_lstm needs an --inner-lr below 1, got {options.inner_lr}. Give 0.01, for example.")
-    unable = ("boil", "meta_sgd", "maml++", "meta_lstm", "pretrained", "random", "siamese")
+    unable = (*MORE_THAN_A_NETWORK, "boil", "random")  # an output layer that stays zero would hide the features from boil
     others = [method for method in options.method if method in unable]
-    if options.features is not None and (others or options.seeds > 1):
+    if options.begin_with is not None and (others or options.seeds > 1):
         given = f"--method {' '.join(others)}" if others else f"--seeds {options.seeds}"
         able = " ".join(method for method in get_args(Method) if method not in unable)
-        raise ValueError(f"--features are for one seed and --method {able}, got {given}.")
+        raise ValueError(f"--begin-with is for one seed and --method {able}, got {given}.")

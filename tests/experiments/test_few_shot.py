@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runner
-from few_shot_data import Data
-from few_shot_presets import eval_queries, image_shape
+from few_shot_learners import adapted_by, build_learner, build_network, outer_optimiser, set_precision
+from few_shot_presets import eval_queries
+from few_shot_trained import read_options
 from PIL import Image
 
 from mamljax import report
@@ -142,7 +143,7 @@ def test_published_numbers_stand_beside_the_step_they_are_of(images, banks, tmp_
 def test_features_of_a_classifier_are_what_it_begins_with(finished, images, banks, tmp_path):
     """MAML's first weights are these and zeros; the comparison of the features themselves is that of the classifier's run."""
     trained = finished / "checkpoints" / "nearest_neighbour"
-    options = ("--features", trained, "--method", "maml", "prototypical", "fine_tuning", "nearest_neighbour")
+    options = ("--begin-with", trained, "--method", "maml", "prototypical", "fine_tuning", "nearest_neighbour")
     assert main(images, banks, "--out", tmp_path, "--meta-lr", 1e-9, *options) == 0
     rows, old = (
         {(row.method, row.step): row for row in report.read_results(run / "results.json")["rows"]}
@@ -150,14 +151,14 @@ def test_features_of_a_classifier_are_what_it_begins_with(finished, images, bank
     )
     assert rows["nearest_neighbour", 0].mean == old["nearest_neighbour", 0].mean
     assert {rows[method, 0].meta_updates for method in ("maml", "fine_tuning", "nearest_neighbour")} == {20}
-    assert rows["maml", 0].note == rows["prototypical", 0].note == "features of 20 updates"
-    assert rows["fine_tuning", 0].note.startswith("features of 20 updates, step size ")
+    origin = "from nearest_neighbour of folder, 3-way 1-shot, fully_connected, 20 updates"
+    assert rows["maml", 0].note == rows["prototypical", 0].note == origin
+    assert rows["fine_tuning", 0].note.startswith(f"{origin}, step size ")
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"maml", "prototypical"}
-    run = adapt.read_options(tmp_path)
-    data = Data(jnp.zeros(image_shape(run)), 6, **dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled")))
+    run = read_options(tmp_path)
 
     def params(method, directory):
-        learner = few_shot.build_learner(method, run, data, eval_steps=1, rule=0.1)
+        learner = build_learner(method, run, 6, eval_steps=1, rule=0.1)
         return jax.tree.map(lambda leaf: leaf[0], read_best(learner, directory).params)
 
     features = params("nearest_neighbour", trained)["features"]
@@ -198,12 +199,12 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--method", "maml", "meta_lstm", "--inner-lr", 2], "--method meta_lstm needs an --inner-lr below 1, got 2.0"),
-        (["--features", "nowhere"], "nowhere holds no training run"),
+        (["--begin-with", "nowhere"], "nowhere holds no training run"),
         (
-            ["--features", "nowhere", "--method", "random"],
-            "--features are for one seed and --method maml fomaml anil fine_tuning",
+            ["--begin-with", "nowhere", "--method", "random"],
+            "--begin-with is for one seed and --method maml fomaml anil pretrained fine_tuning",
         ),
-        (["--features", "nowhere", "--seeds", 2], "got --seeds 2."),
+        (["--begin-with", "nowhere", "--seeds", 2], "got --seeds 2."),
         (["--filters", 0], "--filters must be a whole number of at least 1"),
     ],
 )
@@ -256,7 +257,7 @@ def test_the_outer_step_size_falls_to_a_hundredth_if_asked():
     """Of Adam, whose updates are of its step size if the gradient stays as it is."""
     options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], annealing=4)
     gradient = {"w": jnp.array([3.0, -0.1])}
-    tx, sizes = few_shot.outer_optimiser(options), []
+    tx, sizes = outer_optimiser(options), []
     state = tx.init(gradient)
     for _ in range(6):
         updates, state = tx.update(gradient, state, gradient)
@@ -268,7 +269,7 @@ def test_the_outer_step_size_falls_to_a_hundredth_if_asked():
 def test_meta_gradients_are_clipped_if_asked():
     """By element, before Adam sees them."""
     clipped, plain = (
-        few_shot.outer_optimiser(dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], clip=clip)) for clip in (0.5, None)
+        outer_optimiser(dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], clip=clip)) for clip in (0.5, None)
     )
     ours, theirs = clipped.init(jnp.zeros(2)), plain.init(jnp.zeros(2))
     for raw, within in (([3.0, -0.1], [0.5, -0.1]), ([0.1, -7.0], [0.1, -0.5])):
@@ -281,11 +282,11 @@ def test_meta_gradients_are_clipped_if_asked():
 def test_precision_is_that_of_products_or_of_the_whole_network(precision):
     options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s"], precision=precision)
     image = jnp.zeros((1, 28, 28, 1))
-    network = few_shot.build_network(options, image, 5)
+    network = build_network(options, 5)
     params = jax.eval_shape(network.init, jax.random.key(0))
     before = jax.config.jax_default_matmul_precision
     try:
-        few_shot.set_precision(options)
+        set_precision(options)
         program = str(jax.make_jaxpr(network.apply)(params, image))
     finally:
         jax.config.update("jax_default_matmul_precision", before)
@@ -319,7 +320,7 @@ def test_tasks_at_a_time(monkeypatch):
 def test_what_a_method_adapts(method, moves):
     """Of the features and of the output layer; the shifts of normalisation and learned step sizes never."""
     options = few_shot.PRESETS["omniglot-5w1s"]
-    network, rule = few_shot.adapted_by(method, options, jnp.zeros((1, 28, 28, 1)), 0.5)
+    network, rule = adapted_by(method, options, 0.5)
     params = jax.eval_shape(network.init, jax.random.key(0))
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
     parts = set()
@@ -334,9 +335,7 @@ def test_what_a_method_adapts(method, moves):
 def test_an_lstm_takes_the_steps():
     """By shapes alone: without the compiler's optimisation, as in these tests, it would take long."""
     options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s-fc"], inner_lr=0.1, inner_steps=2)
-    nothing = dict.fromkeys(("checksum", "parts", "train", "val", "test", "labelled"))
-    data = Data(jnp.zeros((1, 28, 28, 1)), 5, **nothing)
-    learner = few_shot.build_learner("meta_lstm", options, data, eval_steps=3, rule=0.1)
+    learner = build_learner("meta_lstm", options, 5, eval_steps=3, rule=0.1)
     task = Task(*[Examples(jnp.zeros((5, 28, 28, 1)), jnp.arange(5))] * 2)
     state = jax.eval_shape(learner.init, jax.random.key(0))
     tasks = jax.tree.map(lambda leaf: leaf[None], task)

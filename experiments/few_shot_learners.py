@@ -1,0 +1,111 @@
+"""The methods of `few_shot.py`: a learner for each, built from the options."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import optax
+import runner
+from few_shot_presets import Method, Options, image_shape
+
+from mamljax import image_models, models
+from mamljax.baselines.meta_lstm import meta_lstm
+from mamljax.baselines.metric_learning import matching, prototypical, siamese
+from mamljax.baselines.pretrain import pretrain
+from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
+from mamljax.losses import accuracy, cross_entropy
+from mamljax.maml import maml
+from mamljax.maml_plus_plus import maml_plus_plus
+from mamljax.rules import Rule, all_but, learned_by_step, learned_step_sizes
+from mamljax.types import MetaLearner, Model
+
+NORM_PARAMETERS = {"shift": ("shift",), "scale_and_shift": ("shift", "scale")}  # of the outer loop alone
+
+
+def set_precision(options: Options) -> None:
+    """Let products be as precise as `--precision` says; those of bfloat16 are already, by the numbers that they multiply."""
+    of_float32 = "tensorfloat32" if options.precision == "bfloat16" else options.precision
+    jax.config.update("jax_default_matmul_precision", of_float32)
+
+
+def build_network(options: Options, ways: int | None) -> Model:
+    """Build the network; without ways, its features alone."""
+    norm = functools.partial(
+        image_models.BatchStatNorm,
+        use_scale=options.norm == "scale_and_shift",
+        reference=options.ways * options.shots if options.statistics == "inductive" else None,
+    )
+    modules = {
+        "strided_conv": image_models.StridedConvNet(ways, options.filters, norm=norm),
+        "pooled_conv": image_models.PooledConvNet(ways, options.filters, norm=norm),
+        "fully_connected": image_models.FullyConnectedNet(ways, norm=norm),
+    }
+    network = models.from_linen(modules[options.network], jnp.zeros(image_shape(options)))
+    return models.mixed_precision(network) if options.precision == "bfloat16" else network
+
+
+def adapted_by(method: Method, options: Options, rule: Rule) -> tuple[Model, optax.GradientTransformation]:
+    """Build the network as a method adapts it, and what it adapts by the rule: all parameters but those of normalisation."""
+    features, network = (build_network(options, ways) for ways in (None, options.ways))
+    below, all_layers = (jax.eval_shape(model.init, jax.random.key(0)).keys() for model in (features, network))
+    frozen = NORM_PARAMETERS[options.norm]
+    match method:
+        case "anil":
+            frozen = below
+        case "boil":
+            frozen = (*frozen, *(all_layers - below))
+        case "meta_sgd":
+            network, rule = learned_step_sizes(network, rule)
+        case "maml++":
+            return learned_by_step(network, rule, options.inner_steps, per_step=frozen)
+        case "meta_lstm":
+            network, rule = meta_lstm(network, rule)
+    return network, all_but(tuple(frozen), rule)
+
+
+def outer_optimiser(options: Options) -> optax.GradientTransformation:
+    """Adam, whose step size falls if it is to, after clipping."""
+    lr = options.meta_lr
+    adam = optax.adam(lr if options.annealing is None else optax.cosine_decay_schedule(lr, options.annealing, alpha=0.01))
+    return adam if options.clip is None else optax.chain(optax.clip(options.clip), adam)
+
+
+def build_learner(method: Method, options: Options, num_classes: int, *, eval_steps: int, rule: Rule) -> MetaLearner:
+    """Build the learner of a method, which adapts by the rule, if at all.
+
+    Args:
+        method: which.
+        options: the network and how it is to learn.
+        num_classes: classes for training; the transfer methods alone tell them apart.
+        eval_steps: adaptation steps in evaluation.
+        rule: the step size of adaptation, or an Optax transformation.
+    """
+    shared = {
+        "tx": outer_optimiser(options),
+        "metric_fns": {"accuracy": accuracy},
+        "chunk_size": runner.tasks_at_a_time(options),
+    }
+    network, adaptation_rule = adapted_by(method, options, rule)
+    adaptation = {"rule": adaptation_rule, "eval_steps": eval_steps}
+    differentiation = "first_order" if method in ("fomaml", "meta_lstm") else options.differentiation
+    learning = adaptation | {"inner_steps": options.inner_steps, "differentiation": differentiation}
+    classifier = {"num_classes": num_classes, "ways": options.ways}
+    features, image = build_network(options, None), jnp.zeros(image_shape(options))
+    match method:
+        case "maml" | "fomaml" | "anil" | "boil" | "meta_sgd" | "meta_lstm":
+            return maml(network, cross_entropy, **learning, **shared)
+        case "maml++":
+            multi_step_updates = options.multi_step_updates
+            return maml_plus_plus(network, cross_entropy, multi_step_updates=multi_step_updates, **learning, **shared)
+        case "pretrained" | "random":
+            return pretrain(network, cross_entropy, **adaptation, **shared)
+        case "fine_tuning":
+            return fine_tuning(features, image, cross_entropy, **classifier, **adaptation, **shared)
+        case "nearest_neighbour":
+            return nearest_neighbour(features, image, cross_entropy, **classifier, **shared)
+        case "matching":
+            return matching(features, cross_entropy, ways=options.ways, **shared)
+        case "siamese":
+            return siamese(features, image, cross_entropy, ways=options.ways, **shared)
+        case "prototypical":
+            return prototypical(features, cross_entropy, ways=options.ways, **shared)
