@@ -57,11 +57,11 @@ def read_trained(directory: Path, num_classes: int) -> Trained:
         CheckpointError: there is no such run, or it cannot be read.
     """
     method, lines = directory.name, read_metrics(directory / "metrics.jsonl")
-    if not lines or method not in get_args(Method):
+    if method not in get_args(Method) or not (directory / "config.json").exists():
         raise CheckpointError(f"{directory} holds no training run of few_shot.py. One is in OUT/checkpoints/METHOD.")
     options = read_options(directory.parent.parent)
     learner = build_learner(method, options, num_classes, eval_steps=options.test_steps, rule=options.inner_lr)
-    return Trained(method, options, read_best(learner, directory), lines[-1]["update"])
+    return Trained(method, options, read_best(learner, directory), lines[-1]["update"] if lines else 0)
 
 
 def classifier_of(trained: Trained) -> tuple[State, int]:
