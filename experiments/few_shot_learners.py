@@ -9,6 +9,7 @@ import runner
 from few_shot_presets import Method, Options, image_shape
 
 from mamljax import image_models, models
+from mamljax.baselines.memory_module import memory_module
 from mamljax.baselines.meta_lstm import meta_lstm
 from mamljax.baselines.metric_learning import matching, prototypical, siamese
 from mamljax.baselines.pretrain import pretrain
@@ -105,6 +106,8 @@ def build_learner(method: Method, options: Options, num_classes: int, *, eval_st
             return nearest_neighbour(features, image, cross_entropy, **classifier, **shared)
         case "matching":
             return matching(features, cross_entropy, ways=options.ways, **shared)
+        case "memory_module":
+            return memory_module(features, cross_entropy, ways=options.ways, **shared)
         case "siamese":
             return siamese(features, image, cross_entropy, ways=options.ways, **shared)
         case "prototypical":

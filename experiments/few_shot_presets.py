@@ -58,6 +58,10 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("omniglot", "strided_conv", 5, 5, "siamese"): 98.4,
     ("omniglot", "strided_conv", 20, 1, "siamese"): 88.2,
     ("omniglot", "strided_conv", 20, 5, "siamese"): 97.0,
+    ("omniglot", "strided_conv", 5, 1, "memory_module"): 98.4,
+    ("omniglot", "strided_conv", 5, 5, "memory_module"): 99.6,
+    ("omniglot", "strided_conv", 20, 1, "memory_module"): 95.0,
+    ("omniglot", "strided_conv", 20, 5, "memory_module"): 98.6,
     ("omniglot", "strided_conv", 5, 1, "prototypical"): 98.8,
     ("omniglot", "strided_conv", 5, 5, "prototypical"): 99.7,
     ("omniglot", "strided_conv", 20, 1, "prototypical"): 96.0,
@@ -73,7 +77,7 @@ Preset = Literal[
 ]
 Method = Literal[
     *("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "meta_lstm"),
-    *("pretrained", "random", "fine_tuning", "nearest_neighbour", "matching", "siamese", "prototypical"),
+    *("pretrained", "random", "fine_tuning", "nearest_neighbour", "matching", "siamese", "memory_module", "prototypical"),
 ]
 
 MAML = ("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "meta_lstm")  # they learn to adapt
@@ -93,7 +97,7 @@ class Options(runner.Options):
     (boil), that learns a step size for each parameter (meta_sgd) or for each layer and step (maml++); an LSTM that takes the
     steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one network for all episodes, an untrained one; and a
     classifier over all training classes, with its output layer renewed and everything fine-tuned, or its features compared.
-    Matching, siamese and prototypical networks learn from episodes to compare."""
+    Matching, siamese and prototypical networks, and a memory module, learn from episodes to compare."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""

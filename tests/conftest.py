@@ -4,6 +4,7 @@ What one test compiled, the next one and the scripts that tests start read from 
 (setup.cfg).
 """
 
+import gc
 import os
 import tempfile
 
@@ -12,6 +13,7 @@ import tempfile
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes --xla_cpu_use_fusion_emitters=false"
+    + " --xla_cpu_parallel_codegen_split_count=1"  # the two workers keep two cores busy
 )
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the environment
     _CACHE = tempfile.TemporaryDirectory(prefix="mamljax-tests-", ignore_cleanup_errors=True)  # goes when the suite ends
@@ -21,3 +23,4 @@ import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 4)
+gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and little garbage: looking for it took a fifth of its time

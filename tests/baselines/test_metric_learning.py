@@ -1,4 +1,4 @@
-"""Methods that compare features: matching, prototypical and siamese networks."""
+"""Methods that compare features: matching, prototypical and siamese networks, and the memory module."""
 
 import battery
 import jax
@@ -8,6 +8,7 @@ import optax
 import pytest
 from battery import KEY
 
+from mamljax.baselines.memory_module import memory_module
 from mamljax.baselines.metric_learning import matching, prototypical, siamese
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.tasks.images import episodes, inductive
@@ -28,6 +29,7 @@ LEARNERS = {
     "matching": matching(FEATURES, cross_entropy, **SHARED),
     "prototypical": prototypical(FEATURES, cross_entropy, **SHARED),
     "siamese": siamese(FEATURES, jnp.zeros((1, 4, 4, 1)), cross_entropy, **SHARED),
+    "memory_module": memory_module(FEATURES, cross_entropy, **SHARED),
 }
 
 
@@ -65,6 +67,7 @@ def test_updates_keep_the_state_as_it_is_and_are_traced_once(learner):
         assert metrics.keys() == {"loss", "grad_norm"}
 
 
+@pytest.mark.parametrize("learner", ["matching", "prototypical", "siamese"], indirect=True)
 def test_order_of_the_support_set_does_not_matter(learner):
     state, task = learner.init(KEY), TRAIN(KEY)
     turned = task._replace(support=jax.tree.map(lambda leaf: leaf[::-1], task.support))
@@ -117,7 +120,46 @@ def test_siamese_logits_and_loss_by_hand():
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
 
 
+def unit(vector):
+    return np.asarray(vector) / np.linalg.norm(vector)
+
+
+# Seen in this order: 0 is written, 1 is written, 0 is nearest to its own key, 1 is nearest to that of 0 and written once more.
+SEEN = Examples(
+    jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [3.0, 1.0, 0.0], [2.0, 1.0, 1.0], [0.0, 0.0, 0.5]]), jnp.array([0, 1, 0, 1, 0])
+)
+KEYS = [unit(unit([3, 1, 0]) + np.array([1, 0, 0])), np.array([0, 1, 0]), unit([2, 1, 1])]
+
+
+def test_a_memory_by_hand():
+    """Four examples to remember and one to classify, which is written down in training alone."""
+    expected = 40 * np.array([KEYS[0] @ [0, 0, 1], max(KEYS[1] @ [0, 0, 1], KEYS[2] @ [0, 0, 1])])
+    deviation = lambda logits, labels: jnp.abs(logits[0, :2] - expected).max()  # noqa: E731
+    learner = memory_module(IDENTITY, deviation, **SHARED | {"ways": 2}, margin=0.3)
+    task = Task(Examples(SEEN.x[:4], SEEN.y[:4]), Examples(SEEN.x[4:], SEEN.y[4:]))
+    state = learner.init(KEY)
+    np.testing.assert_allclose(learner.evaluate(KEY, state, task)["loss"], [0.0], atol=1e-5)
+    third, fourth, fifth = unit([3, 1, 0]), unit([2, 1, 1]), np.array([0, 0, 1])
+    losses = [third[1] - third[0] + 0.3, KEYS[0] @ fourth - fourth[1] + 0.3, KEYS[2] @ fifth - KEYS[0] @ fifth + 0.3]
+    metrics = learner.update(KEY, state, jax.tree.map(lambda leaf: leaf[None], task))[1]
+    np.testing.assert_allclose(metrics["loss"], np.maximum(losses, 0).sum() / 3, rtol=1e-5)
+
+
+def test_keys_are_constants_to_the_gradient():
+    """It moves an example, not those that were seen before it."""
+    positions = Model(lambda key: {"x": SEEN.x}, lambda params, x: params["x"] + 0 * x)
+    learner = memory_module(positions, cross_entropy, **SHARED | {"ways": 2, "tx": optax.sgd(1.0)})
+    state, task = learner.init(KEY), Task(Examples(SEEN.x[:4], SEEN.y[:4]), Examples(SEEN.x[4:], SEEN.y[4:]))
+    moved = learner.update(KEY, state, jax.tree.map(lambda leaf: leaf[None], task))[0].params["x"] != SEEN.x
+    assert moved.any(1).tolist() == [False, False, False, True, True]  # the third was near enough to its key
+
+
+def test_the_margin_is_positive():
+    with pytest.raises(ValueError, match=r"margin must be positive, got 0\.0"):
+        memory_module(FEATURES, cross_entropy, **SHARED, margin=0.0)
+
+
 def test_counts_are_checked():
-    for build in (matching, prototypical):
+    for build in (matching, prototypical, memory_module):
         with pytest.raises(ValueError, match="ways must be a whole number of at least 1, got 0"):
             build(FEATURES, cross_entropy, **SHARED | {"ways": 0})
