@@ -29,7 +29,7 @@ from few_shot_presets import (
     check_methods,
     eval_tasks,
 )
-from few_shot_trained import Trained, beginning_with, classifier_of, read_trained
+from few_shot_trained import Trained, beginning_with, check_held_out, classifier_of, read_trained
 from jax import Array
 from jax.tree_util import Partial
 
@@ -50,8 +50,10 @@ def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
     set_precision(options)
     check_methods(options)
-    data = load(options)
-    begun_with = None if options.begin_with is None else read_trained(options.begin_with, data.num_classes)
+    data, begun_with = load(options), None
+    if options.begin_with is not None:
+        begun_with = read_trained(options.begin_with, data.num_classes)
+        check_held_out(begun_with, options, data.parts)
     run.config["bank"] = data.checksum
     rows, trained = [], {}
     for method in options.method:
@@ -64,6 +66,7 @@ def execute(options: Options, run: runner.Run) -> None:
             sizes = {"num_tasks": eval_tasks(options), "batch_size": runner.tasks_at_a_time(options, at_least=40)}
             scores = accuracies(learner, states, data.test, seed=TEST_SEED, **sizes)
         mean, ci95 = mean_and_ci95(100 * scores)
+        origin = [] if begun_with is None else [f"from {begun_with}"]
         published_step = PUBLISHED_STEPS.get(method, options.test_steps) if len(mean) > 1 else 0
         published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
         rows += report.rows_over_steps(
@@ -76,7 +79,7 @@ def execute(options: Options, run: runner.Run) -> None:
             tasks=eval_tasks(options),
             published={} if published is None else {published_step: published},
             source=SOURCES.get(method, SOURCE),
-            note=", ".join([f"from {begun_with}"] * (begun_with is not None) + [f"step size {lr:g}"] * (method in TUNED)),
+            note=", ".join(origin + [f"step size {lr:g}"] * (method in TUNED)),
             **run.effort(method, best=True) | {"meta_updates": num_updates},
         )
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr

@@ -1,6 +1,6 @@
 """What runs of `few_shot.py` have learned, for `adapt.py` and for other runs to begin with (`--begin-with`)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -21,6 +21,7 @@ class Trained(NamedTuple):
 
     method: Method
     options: Options  # of the run
+    classes: list[str]  # that it learned from, if the images are one's own
     state: State  # the best in validation, [seeds]
     num_updates: int
 
@@ -59,9 +60,25 @@ def read_trained(directory: Path, num_classes: int) -> Trained:
     method, lines = directory.name, read_metrics(directory / "metrics.jsonl")
     if method not in get_args(Method) or not (directory / "config.json").exists():
         raise CheckpointError(f"{directory} holds no training run of few_shot.py. One is in OUT/checkpoints/METHOD.")
-    options = read_options(directory.parent.parent)
+    options, config = read_options(directory.parent.parent), read_config(directory)
     learner = build_learner(method, options, num_classes, eval_steps=options.test_steps, rule=options.inner_lr)
-    return Trained(method, options, read_best(learner, directory), lines[-1]["update"] if lines else 0)
+    classes, num_updates = config.get("classes", {}).get("train", []), lines[-1]["update"] if lines else 0
+    return Trained(method, options, classes, read_best(learner, directory), num_updates)
+
+
+def check_held_out(trained: Trained, options: Options, parts: Mapping[str, Sequence[str]]) -> None:
+    """Classes for validation and test are none that a network to begin with has learned from.
+
+    Raises:
+        CheckpointError: some are.
+    """
+    seen = sorted({_bare(name) for name in trained.classes} & {_bare(name) for name in (*parts["val"], *parts["test"])})
+    if trained.options.dataset == options.dataset and (seen or trained.options.split != options.split):
+        which = ", ".join(seen[:5]) + ", ..." * (len(seen) > 5) if seen else f"those of --split {trained.options.split}"
+        raise CheckpointError(
+            f"--begin-with {trained}, has learned from classes that are for validation or test here: {which}. "
+            "Give a run that has the same classes for training."
+        )
 
 
 def classifier_of(trained: Trained) -> tuple[State, int]:
@@ -107,3 +124,8 @@ def _first_of(old: PyTree | None, new: PyTree) -> PyTree:
 
 def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:
     return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+
+
+def _bare(name: str) -> str:
+    """The name of a class without the folder of its part, "train/cat" or "cat"."""
+    return name.split("/")[-1]

@@ -15,7 +15,7 @@ import pytest
 import runner
 from few_shot_learners import adapted_by, build_learner, build_network, outer_optimiser, set_precision
 from few_shot_presets import Method, eval_queries
-from few_shot_trained import Trained, beginning_with, classifier_of, read_trained
+from few_shot_trained import Trained, beginning_with, check_held_out, classifier_of, read_trained
 from PIL import Image
 
 from mamljax import report
@@ -161,7 +161,7 @@ def learned(method, **changes):
     """What a method has learned in no updates, for networks without convolutions."""
     options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s-fc"], **changes)
     init = build_learner(method, options, 6, eval_steps=1, rule=0.1).init
-    return Trained(method, options, jax.vmap(init)(jax.random.split(jax.random.key(1), 1)), 0)
+    return Trained(method, options, [], jax.vmap(init)(jax.random.split(jax.random.key(1), 1)), 0)
 
 
 @pytest.mark.parametrize("method", ["maml", "anil", "prototypical"])
@@ -191,6 +191,22 @@ def test_what_cannot_be_begun_with_is_refused():
         beginning_with(learned("meta_sgd"), options, lambda key: None)
     with pytest.raises(CheckpointError, match="must be a classifier of fine_tuning or nearest_neighbour"):
         classifier_of(learned("maml"))
+
+
+def test_a_network_that_has_seen_the_test_classes_is_refused(finished, images, banks, tmp_path, capsys):
+    """Of one's own images by their names, of Omniglot by the split."""
+    moved = tmp_path / "images"
+    shutil.copytree(images, moved)
+    (moved / "train" / "class0").rename(moved / "test" / "class0")
+    begin = ("--begin-with", finished / "checkpoints" / "maml", "--out", tmp_path / "run")
+    assert main(images, banks, "--data-dir", moved, *begin) == 2
+    assert "classes that are for validation or test here: class0. Give a run" in capsys.readouterr().err
+    one, other = (learned("maml", split=split) for split in ("seeded", "vinyals"))
+    parts = {"val": ["a", "b"], "test": ["c"]}
+    with pytest.raises(CheckpointError, match="for validation or test here: those of --split seeded. Give a run"):
+        check_held_out(one, other.options, parts)
+    check_held_out(one, one.options, parts)
+    check_held_out(one, learned("maml", split="vinyals", dataset="folder").options, parts)
 
 
 def test_resumed_run_is_the_undisturbed_one(finished, images, banks, tmp_path):
