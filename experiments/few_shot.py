@@ -29,7 +29,7 @@ from few_shot_presets import (
     check_methods,
     eval_tasks,
 )
-from few_shot_trained import Trained, beginning_with, check_held_out, classifier_of, read_trained
+from few_shot_trained import Trained, beginning_with, check_begin_with, classifier_of, read_trained
 from jax import Array
 from jax.tree_util import Partial
 
@@ -53,12 +53,12 @@ def execute(options: Options, run: runner.Run) -> None:
     data, begun_with = load(options), None
     if options.begin_with is not None:
         begun_with = read_trained(options.begin_with, data.num_classes)
-        check_held_out(begun_with, options, data.parts)
+        check_begin_with(begun_with, options, data.parts)
     run.config["bank"] = data.checksum
     rows, trained = [], {}
     for method in options.method:
         states, num_updates = train(method, options, data, run, begun_with)
-        if num_updates == 0 and options.steps and method != "random":  # time ran out before
+        if num_updates == 0 and options.steps and method in run.results:  # time ran out before
             continue
         with run.sharing():
             lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
@@ -98,8 +98,12 @@ def train(method: Method, options: Options, data: Data, run: runner.Run, begun_w
         return jax.vmap(learner.init)(run.keys), 0
     if begun_with is not None and method in TRANSFER:
         return classifier_of(begun_with)
+    config = {"bank": data.checksum}
+    if options.dataset == "folder":  # the others have class lists of their own
+        config["classes"] = data.parts
     if begun_with is not None:
-        learner = learner._replace(init=beginning_with(begun_with, options, learner.init))
+        learner = learner._replace(init=beginning_with(begun_with, learner.init))
+        config["begun_with"] = begun_with.sources
 
     def validation_error(sample: SampleFn, state: State) -> Array:
         key = jax.random.key(VALIDATION_SEED)
@@ -108,9 +112,6 @@ def train(method: Method, options: Options, data: Data, run: runner.Run, begun_w
         return 1 - scores["accuracy"][:, -1].mean()
 
     sample = data.labelled if method in TRANSFER else data.train
-    config = {"bank": data.checksum}
-    if options.dataset == "folder":  # the others have class lists of their own
-        config["classes"] = data.parts
     result = run.train(method, learner, sample, validate_fn=Partial(validation_error, as_argument(data.val)), config=config)
     return result.best, result.num_updates
 

@@ -168,11 +168,11 @@ class Options(runner.Options):
     statistics of normalisation. Parameters, the loss and the optimiser are always float32. A run may go on with another one;
     its results then name the last."""
     begin_with: Path | None = None
-    """Another run's network to begin with, its best in validation: OUT/checkpoints/METHOD of that run, whose network has the
-    same layers. It may have learned from other images, or with another number of ways or shots. Its output layer stays, the
-    first of more outputs; it begins with zeros if there are too few, and on the features of a classifier that
-    nearest_neighbour or fine_tuning trained. These two themselves are evaluated with such a classifier and train none. With
-    --steps 0 it is evaluated as it is."""
+    """Another run's network to begin with, its best in validation: OUT/checkpoints/METHOD of a run with the same network, which
+    may have learned from other images of that size, or with another number of ways or shots. An output layer of enough outputs
+    stays, cut to the first N; else the new one begins with zeros, as it does with a classifier that nearest_neighbour or
+    fine_tuning trained. These two need such a classifier, over as many classes, are evaluated with it, and train nothing. With
+    --steps 0 every method is evaluated only. Not for boil, meta_sgd, maml++, meta_lstm, siamese and random."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy after the training; the
     first also serves for validation during it."""
@@ -259,3 +259,5 @@ def check_methods(options: Options) -> None:
         given = f"--method {' '.join(others)}" if others else f"--seeds {options.seeds}"
         able = " ".join(method for method in get_args(Method) if method not in unable)
         raise ValueError(f"--begin-with is for one seed and --method {able}, got {given}.")
+    if options.begin_with is None and options.steps == 0:
+        raise ValueError("--steps 0 is for --begin-with. For an untrained network take --method random.")

@@ -2,18 +2,20 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
-from few_shot_learners import build_learner, build_network
-from few_shot_presets import MORE_THAN_A_NETWORK, TRANSFER, Method, Options, cell
+from few_shot_learners import build_learner
+from few_shot_presets import MORE_THAN_A_NETWORK, TRANSFER, Method, Options, cell, image_shape
 from jax import Array
 
 from mamljax.checkpoint import CheckpointError, read_config
-from mamljax.record import read_metrics
+from mamljax.record import best_update, read_metrics
 from mamljax.train import read_best
 from mamljax.types import PyTree, State
+
+Source = dict[str, Any]  # what a network has learned from: its "dataset", "split", and "classes" if the images are one's own
 
 
 class Trained(NamedTuple):
@@ -21,9 +23,10 @@ class Trained(NamedTuple):
 
     method: Method
     options: Options  # of the run
-    classes: list[str]  # that it learned from, if the images are one's own
     state: State  # the best in validation, [seeds]
     num_updates: int
+    best_update: int | None  # that of `state`, if any was validated
+    sources: list[Source]  # those of the network that it began with, too
 
     @property
     def params(self) -> PyTree:
@@ -33,7 +36,8 @@ class Trained(NamedTuple):
 
     def __str__(self) -> str:
         """Say what it is, for the results of what begins with it."""
-        return f"{self.method} of {cell(self.options)}, {self.num_updates:,} updates"
+        best = "" if self.best_update in (None, self.num_updates) else f", best at {self.best_update:,}"
+        return f"{self.method} of {cell(self.options)}, {self.num_updates:,} updates{best}"
 
 
 def read_options(directory: Path) -> Options:
@@ -42,6 +46,7 @@ def read_options(directory: Path) -> Options:
         config = read_config(directory)
         if config.pop("experiment") != "few_shot":
             raise ValueError("it is of another experiment")
+        config = {"begin_with": config.pop("features", None), **config}  # what earlier versions call it
         return Options(**config | {"precision": "float32"})  # it may go on in any other
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{directory} is no output directory of few_shot.py ({error}).") from error
@@ -52,61 +57,68 @@ def read_trained(directory: Path, num_classes: int) -> Trained:
 
     Args:
         directory: where its checkpoints lie.
-        num_classes: classes for training; a classifier must be one over as many.
+        num_classes: classes for training; a classifier must be one over as many, unless the images are one's own.
 
     Raises:
         CheckpointError: there is no such run, or it cannot be read.
     """
+    directory = directory.absolute()
     method, lines = directory.name, read_metrics(directory / "metrics.jsonl")
     if method not in get_args(Method) or not (directory / "config.json").exists():
         raise CheckpointError(f"{directory} holds no training run of few_shot.py. One is in OUT/checkpoints/METHOD.")
     options, config = read_options(directory.parent.parent), read_config(directory)
-    learner = build_learner(method, options, num_classes, eval_steps=options.test_steps, rule=options.inner_lr)
     classes, num_updates = config.get("classes", {}).get("train", []), lines[-1]["update"] if lines else 0
-    return Trained(method, options, classes, read_best(learner, directory), num_updates)
+    own = {"dataset": options.dataset, "split": options.split, "classes": classes}
+    sizes = {"eval_steps": options.test_steps, "rule": options.inner_lr}
+    learner = build_learner(method, options, len(classes) or num_classes, **sizes)
+    sources = config.get("begun_with", []) + [own] * (num_updates > 0)
+    return Trained(method, options, read_best(learner, directory), num_updates, best_update(directory), sources)
 
 
-def check_held_out(trained: Trained, options: Options, parts: Mapping[str, Sequence[str]]) -> None:
-    """Classes for validation and test are none that a network to begin with has learned from.
+def check_begin_with(trained: Trained, options: Options, parts: Mapping[str, Sequence[str]]) -> None:
+    """A run can begin with a trained network, and is validated and tested on no class that it has learned from.
+
+    Args:
+        trained: the network.
+        options: of the run.
+        parts: the names of the run's classes for "train", "val" and "test".
 
     Raises:
-        CheckpointError: some are.
+        CheckpointError: it is not one network, it is another than that of the options, or it has seen such classes.
     """
-    seen = sorted({_bare(name) for name in trained.classes} & {_bare(name) for name in (*parts["val"], *parts["test"])})
-    if trained.options.dataset == options.dataset and (seen or trained.options.split != options.split):
-        which = ", ".join(seen[:5]) + ", ..." * (len(seen) > 5) if seen else f"those of --split {trained.options.split}"
-        raise CheckpointError(
-            f"--begin-with {trained}, has learned from classes that are for validation or test here: {which}. "
-            "Give a run that has the same classes for training."
-        )
+    if trained.method in MORE_THAN_A_NETWORK or trained.options.seeds > 1:
+        raise CheckpointError(f"--begin-with takes one network, and this is more ({trained}). Give one of maml, of one seed.")
+    old, new = (
+        {f"--{name}": getattr(each, name) for name in ("network", "filters", "norm", "statistics")}
+        | {"images of": list(image_shape(each))}
+        for each in (trained.options, options)
+    )
+    if differences := [f"{name} {old[name]}, here {new[name]}" for name in old if old[name] != new[name]]:
+        raise CheckpointError(f"--begin-with has another network ({trained}): {'; '.join(differences)}. Give the same.")
+    for source in trained.sources:
+        seen = sorted(_comparable(source["classes"], parts) & _comparable([*parts["val"], *parts["test"]], parts))
+        other_split = source["dataset"] == options.dataset == "omniglot" and source["split"] != options.split
+        if seen or other_split:
+            which = ", ".join(seen[:5]) + ", ..." * (len(seen) > 5) if seen else f"those of --split {source['split']}"
+            raise CheckpointError(
+                f"--begin-with has learned from classes that are for validation or test here ({trained}): {which}. "
+                "Give a run with the same classes for training. If they only have the same names, rename the folders."
+            )
 
 
 def classifier_of(trained: Trained) -> tuple[State, int]:
-    """The states and number of updates of a trained classifier, which is all that the transfer methods learn."""
+    """The state [1] and number of updates of a trained classifier, which is all that the transfer methods learn."""
     if trained.method not in TRANSFER:
-        raise CheckpointError(f"--begin-with must be a classifier of {' or '.join(TRANSFER)} for these methods, got {trained}.")
+        raise CheckpointError(f"--begin-with must be a classifier of {' or '.join(TRANSFER)} for these methods ({trained}).")
     return trained.state, trained.num_updates
 
 
-def beginning_with(trained: Trained, options: Options, init: Callable[[Array], State]) -> Callable[[Array], State]:
-    """Let a method of `options` begin with a trained network, instead of with random parameters.
+def beginning_with(trained: Trained, init: Callable[[Array], State]) -> Callable[[Array], State]:
+    """Let a method begin with a trained network, instead of with random parameters.
 
-    The features are those of the trained network. Its output layer stays as far as it has enough outputs, the first of more:
-    which class is which is drawn anew in every episode. Otherwise, or if it has none for episodes, it begins with zeros.
-
-    Raises:
-        CheckpointError: the features are of another network; the first difference is named.
+    The features are those of the trained network. Its output layer stays if it has enough outputs, the first of more: which
+    class is which is drawn anew in every episode. Otherwise, or if it has none for episodes, it begins with zeros.
     """
-    if trained.method in MORE_THAN_A_NETWORK:
-        raise CheckpointError(f"--begin-with cannot take {trained}: it has learned more than a network. Give a run of maml.")
-    expected = _shapes(jax.eval_shape(build_network(options, None).init, jax.random.key(0)))
-    found = _shapes(trained.params)
-    for path in expected:
-        if found.get(path) != expected[path]:
-            raise CheckpointError(
-                f"--begin-with has another network: at {path} {trained}, has {found.get(path, 'nothing')}, expected "
-                f"{expected[path]}. Give a run with the same --network, --filters and --norm, and images of the same size."
-            )
 
     def begin(key: Array) -> State:
         state = init(key)
@@ -122,10 +134,8 @@ def _first_of(old: PyTree | None, new: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: a[..., : b.shape[-1]], old, new)
 
 
-def _shapes(params: PyTree) -> dict[str, tuple[int, ...]]:
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
-
-
-def _bare(name: str) -> str:
-    """The name of a class without the folder of its part, "train/cat" or "cat"."""
-    return name.split("/")[-1]
+def _comparable(names: Sequence[str], parts: Mapping[str, Sequence[str]]) -> set[str]:
+    """Names of classes without the folder of their part, as in "train/cat", unless some then become equal in these parts."""
+    there = [name for part in parts.values() for name in part]
+    ambiguous = len({name.split("/")[-1] for name in there}) < len(there)
+    return {name if ambiguous else name.split("/")[-1] for name in names}

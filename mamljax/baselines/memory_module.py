@@ -13,7 +13,7 @@ from mamljax.checks import check_count, check_task
 from mamljax.outer import meta_learner
 from mamljax.types import Examples, LossFn, MetaLearner, Model, PyTree, Task
 
-INVERSE_TEMPERATURE = 40.0  # of the cosines that are logits, as in the authors' code
+INVERSE_TEMPERATURE = 40.0  # makes logits of cosines, for the loss in evaluation; predictions do not depend on it
 
 
 class Memory(NamedTuple):
@@ -35,13 +35,18 @@ def memory_module(
 ) -> MetaLearner:
     r"""Features with the memory of "Learning to Remember Rare Events" (Kaiser et al. 2017, arXiv 1703.03129, section 2).
 
-    The examples of a task are seen one by one, first those of the support set. The features $q$ of each, of length 1, should be
-    nearer to a key of its class than to any other: its loss is $[q \cdot k_- - q \cdot k_+ + \alpha]_+$ with the nearest key of
-    another class and the nearest of its own, where there are both. Then it is written down: by moving the nearest key halfway
-    to it, if that is of its class, else as a key of its own. Keys are constants to the gradient. The memory begins empty with
-    every task and has room for all of its examples, so that none is ever overwritten.
+    The examples of a task are seen one by one: of every class the first, then of every class the second, and so on, those of
+    the query set last. The features $q$ of each, of length 1, should be nearer to a key of its class than to any other: its
+    loss is $[q \cdot k_- - q \cdot k_+ + \alpha]_+$, with the nearest key of another class, and the nearest of its own or,
+    where there is none yet, 0 instead of the product. Then it is written down: by moving the nearest key halfway to it, if that
+    is of its class, else as a key of its own. Keys are constants to the gradient.
 
-    In evaluation it holds the support set alone, and the logit of a class is 40 times the largest cosine with one of its keys.
+    In evaluation the support set alone is written down, and the logit of a class is 40 times the largest cosine with one of its
+    keys.
+
+    Differs from the authors' code: each task has a memory of its own, with room for all of its examples, so that none is ever
+    overwritten, where theirs is shared by the episodes of a batch; all examples of a meta-batch count in one step of the
+    optimiser, where theirs takes one after each showing; the features are compared as they are, without a last linear layer.
 
     Args:
         features: [n, ...] -> [n, d].
@@ -62,28 +67,36 @@ def memory_module(
     if not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}. Give 0.1, for example.")
 
-    def keys_of(params: PyTree, task: Task) -> Examples:
+    def keys_of(params: PyTree, task: Task) -> tuple[Examples, Examples]:
         """The keys of the support and the query set, which the network sees together, with their labels."""
-        x, y = (jnp.concatenate([getattr(task.support, name), getattr(task.query, name)]) for name in ("x", "y"))
-        return Examples(_unit(features.apply(params, x)), y)
+        size = len(task.support.y)
+        keys = _unit(features.apply(params, jnp.concatenate([task.support.x, task.query.x])))
+        return Examples(keys[:size], task.support.y), Examples(keys[size:], task.query.y)
 
     def task_loss(params: PyTree, task: Task) -> Array:
         check_task(task)
 
-        def see(memory: Memory, example: Examples) -> tuple[Memory, tuple[Array, Array]]:
+        def see(memory: Memory, example: Examples) -> tuple[Memory, Array]:
             return write(memory, jax.lax.stop_gradient(example)), margin_loss(memory, example, margin)
 
-        seen = keys_of(params, task)
-        _, (losses, counted) = jax.lax.scan(see, empty_memory(seen), seen)
-        return losses.sum() / jnp.maximum(counted.sum(), 1)
+        support, query = map(by_showing, keys_of(params, task))
+        seen = jax.tree.map(lambda *sets: jnp.concatenate(sets), support, query)
+        _, losses = jax.lax.scan(see, empty_memory(seen), seen)
+        return losses.sum() / jnp.maximum((seen.y >= 0).sum(), 1)
 
     def compare(params: PyTree, task: Task) -> Array:
-        seen, size = keys_of(params, task), len(task.support.y)
-        support = Examples(seen.x[:size], seen.y[:size])
-        memory, _ = jax.lax.scan(lambda memory, example: (write(memory, example), None), empty_memory(support), support)
-        return INVERSE_TEMPERATURE * largest_of_class(seen.x[size:] @ memory.keys.T, memory.labels, ways)
+        support, query = keys_of(params, task)
+        written, _ = jax.lax.scan(lambda memory, one: (write(memory, one), None), empty_memory(support), by_showing(support))
+        return INVERSE_TEMPERATURE * largest_of_class(query.x @ written.keys.T, written.labels, ways)
 
     return meta_learner(features.init, task_loss, evaluation(compare, loss_fn, metric_fns), tx=tx, chunk_size=chunk_size)
+
+
+def by_showing(examples: Examples) -> Examples:
+    """Of every class the first example, then of every class the second, and so on."""
+    showing = jnp.tril(examples.y[:, None] == examples.y[None], -1).sum(1)  # how many of its class come before it
+    order = jnp.argsort(showing, stable=True)
+    return jax.tree.map(lambda leaf: leaf[order], examples)
 
 
 def empty_memory(examples: Examples) -> Memory:
@@ -101,13 +114,13 @@ def write(memory: Memory, example: Examples) -> Memory:
     return jax.tree.map(lambda new, old: jnp.where(example.y >= 0, new, old), written, memory)
 
 
-def margin_loss(memory: Memory, example: Examples, margin: float) -> tuple[Array, Array]:
-    """The loss of one example, 0 where it does not count, and whether it does: there are keys of its class and of others."""
+def margin_loss(memory: Memory, example: Examples, margin: float) -> Array:
+    """The loss of one example: 0 without a label, or where no other class is written down yet."""
     similarity, alike = memory.keys @ example.x, memory.labels == example.y
     unlike = (memory.labels >= 0) & ~alike
     right, wrong = (similarity.max(where=which, initial=-1.0) for which in (alike, unlike))
-    counted = (example.y >= 0) & alike.any() & unlike.any()
-    return jnp.where(counted, jax.nn.relu(wrong - right + margin), 0.0), counted
+    loss = jax.nn.relu(wrong - jnp.where(alike.any(), right, 0.0) + margin)
+    return jnp.where((example.y >= 0) & unlike.any(), loss, 0.0)
 
 
 def _unit(vectors: Array) -> Array:

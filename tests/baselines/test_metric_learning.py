@@ -124,25 +124,35 @@ def unit(vector):
     return np.asarray(vector) / np.linalg.norm(vector)
 
 
-# Seen in this order: 0 is written, 1 is written, 0 is nearest to its own key, 1 is nearest to that of 0 and written once more.
+# 0 is written, 1 is written, 0 is nearest to its own key, 1 is nearest to that of 0 and written once more; 0 is then nearest to
+# a key of 1 and written once more; in the end both classes have two keys.
 SEEN = Examples(
-    jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [3.0, 1.0, 0.0], [2.0, 1.0, 1.0], [0.0, 0.0, 0.5]]), jnp.array([0, 1, 0, 1, 0])
+    jnp.array([[1.0, 0.0, 0.0], [0.0, 2.0, 0.0], [3.0, 1.0, 0.0], [2.0, 1.0, 1.0], [0.0, 0.0, 0.5], [0.0, 1.0, 0.4]]),
+    jnp.array([0, 1, 0, 1, 0, 1]),
 )
 KEYS = [unit(unit([3, 1, 0]) + np.array([1, 0, 0])), np.array([0, 1, 0]), unit([2, 1, 1])]
 
 
-def test_a_memory_by_hand():
-    """Four examples to remember and one to classify, which is written down in training alone."""
+@pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 3]])
+def test_a_memory_by_hand(order):
+    """Four examples to remember and two to classify, which are written down in training alone; class by class or not."""
     expected = 40 * np.array([KEYS[0] @ [0, 0, 1], max(KEYS[1] @ [0, 0, 1], KEYS[2] @ [0, 0, 1])])
     deviation = lambda logits, labels: jnp.abs(logits[0, :2] - expected).max()  # noqa: E731
     learner = memory_module(IDENTITY, deviation, **SHARED | {"ways": 2}, margin=0.3)
-    task = Task(Examples(SEEN.x[:4], SEEN.y[:4]), Examples(SEEN.x[4:], SEEN.y[4:]))
+    task = Task(Examples(SEEN.x[jnp.array(order)], SEEN.y[jnp.array(order)]), Examples(SEEN.x[4:], SEEN.y[4:]))
     state = learner.init(KEY)
     np.testing.assert_allclose(learner.evaluate(KEY, state, task)["loss"], [0.0], atol=1e-5)
-    third, fourth, fifth = unit([3, 1, 0]), unit([2, 1, 1]), np.array([0, 0, 1])
-    losses = [third[1] - third[0] + 0.3, KEYS[0] @ fourth - fourth[1] + 0.3, KEYS[2] @ fifth - KEYS[0] @ fifth + 0.3]
+    third, fourth, fifth, sixth = unit([3, 1, 0]), unit([2, 1, 1]), np.array([0, 0, 1]), unit([0, 1, 0.4])
+    losses = [
+        *(0, 0.3),  # no other class is known; its own is not
+        third[1] - third[0] + 0.3,
+        KEYS[0] @ fourth - fourth[1] + 0.3,
+        KEYS[2] @ fifth - KEYS[0] @ fifth + 0.3,
+        max(KEYS[0] @ sixth, fifth @ sixth) - max(KEYS[1] @ sixth, KEYS[2] @ sixth) + 0.3,
+    ]
+    assert min(losses[2], losses[5]) < 0 < min(losses[3:5])
     metrics = learner.update(KEY, state, jax.tree.map(lambda leaf: leaf[None], task))[1]
-    np.testing.assert_allclose(metrics["loss"], np.maximum(losses, 0).sum() / 3, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], np.maximum(losses, 0).mean(), rtol=1e-5)
 
 
 def test_keys_are_constants_to_the_gradient():
@@ -151,7 +161,7 @@ def test_keys_are_constants_to_the_gradient():
     learner = memory_module(positions, cross_entropy, **SHARED | {"ways": 2, "tx": optax.sgd(1.0)})
     state, task = learner.init(KEY), Task(Examples(SEEN.x[:4], SEEN.y[:4]), Examples(SEEN.x[4:], SEEN.y[4:]))
     moved = learner.update(KEY, state, jax.tree.map(lambda leaf: leaf[None], task))[0].params["x"] != SEEN.x
-    assert moved.any(1).tolist() == [False, False, False, True, True]  # the third was near enough to its key
+    assert moved.any(1).tolist() == [False, True, False, True, True, False]  # the first has no other, two are near enough
 
 
 def test_the_margin_is_positive():

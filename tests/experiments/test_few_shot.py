@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runner
+from few_shot_data import load
 from few_shot_learners import adapted_by, build_learner, build_network, outer_optimiser, set_precision
 from few_shot_presets import Method, eval_queries
-from few_shot_trained import Trained, beginning_with, check_held_out, classifier_of, read_trained
+from few_shot_trained import Trained, beginning_with, check_begin_with, classifier_of, read_options, read_trained
 from PIL import Image
 
 from mamljax import report
@@ -140,7 +141,9 @@ def test_published_numbers_stand_beside_the_step_they_are_of(images, banks, tmp_
 
 def test_a_run_begins_with_the_network_of_another(finished, images, banks, tmp_path):
     """And with --steps 0 that is all: a classifier's fine-tuning is as it was, and MAML has its features."""
-    origin = "from fine_tuning of folder, 3-way 1-shot, fully_connected, 20 updates"
+    trained = read_trained(finished / "checkpoints" / "fine_tuning", 6)
+    origin = f"from {trained}"
+    assert origin.startswith("from fine_tuning of folder, 3-way 1-shot, fully_connected, 20 updates")
     options = ("--begin-with", finished / "checkpoints" / "fine_tuning", "--steps", 0)
     assert main(images, banks, "--out", tmp_path, *options, "--method", "maml", "fine_tuning", "nearest_neighbour") == 0
     rows, old = (
@@ -151,17 +154,21 @@ def test_a_run_begins_with_the_network_of_another(finished, images, banks, tmp_p
     assert [rows[method, 0].meta_updates for method in ("maml", "fine_tuning", "nearest_neighbour")] == [0, 20, 20]
     assert rows["maml", 0].note == origin
     assert rows["fine_tuning", 0].note.startswith(f"{origin}, step size ")
-    features = read_trained(finished / "checkpoints" / "fine_tuning", num_classes=6).params
-    began = read_trained(tmp_path / "checkpoints" / "maml", num_classes=6).params
+    run = dataclasses.replace(read_options(tmp_path), data_dir=images, cache_dir=banks)
+    comparison = build_learner("nearest_neighbour", run, 6, eval_steps=4, rule=0.1)
+    sizes = {"num_tasks": 4, "batch_size": 1, "seed": few_shot.TEST_SEED}
+    scores = few_shot.accuracies(comparison, trained.state, load(run).test, **sizes)
+    assert rows["nearest_neighbour", 0].mean == pytest.approx(100 * scores.mean())
+    features, began = trained.params, read_trained(tmp_path / "checkpoints" / "maml", 6).params
     assert began.keys() - features.keys() == {"Dense_4"}
     jax.tree.map(np.testing.assert_array_equal, began, jax.tree.map(jnp.zeros_like, began) | features)
 
 
 def learned(method, **changes):
-    """What a method has learned in no updates, for networks without convolutions."""
+    """What a method has learned in no updates, for networks without convolutions unless it is changed."""
     options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s-fc"], **changes)
     init = build_learner(method, options, 6, eval_steps=1, rule=0.1).init
-    return Trained(method, options, [], jax.vmap(init)(jax.random.split(jax.random.key(1), 1)), 0)
+    return Trained(method, options, jax.vmap(init)(jax.random.split(jax.random.key(1), 1)), 0, None, [])
 
 
 @pytest.mark.parametrize("method", ["maml", "anil", "prototypical"])
@@ -169,7 +176,7 @@ def learned(method, **changes):
 def test_the_output_layer_stays_as_far_as_it_has_enough_outputs(method, ways):
     options, of_five_ways = learned(method, ways=ways).options, learned("maml")
     random = build_learner(method, options, 6, eval_steps=1, rule=0.1).init
-    params = beginning_with(of_five_ways, options, random)(jax.random.key(0)).params
+    params = beginning_with(of_five_ways, random)(jax.random.key(0)).params
     assert ("Dense_4" in params) == (method != "prototypical")
     assert params.keys() | {"Dense_4"} == of_five_ways.params.keys()
     for name, layer in params.items():
@@ -180,33 +187,70 @@ def test_the_output_layer_stays_as_far_as_it_has_enough_outputs(method, ways):
         jax.tree.map(np.testing.assert_array_equal, layer, old)
 
 
-def test_what_cannot_be_begun_with_is_refused():
-    options = learned("maml").options
-    scaled = learned("maml", norm="scale_and_shift").options
-    with pytest.raises(
-        CheckpointError, match=r"\['BatchStatNorm_0'\]\['scale'\] maml of omniglot-5w1s-fc, 0 updates, has nothing"
-    ):
-        beginning_with(learned("maml"), scaled, lambda key: None)
-    with pytest.raises(CheckpointError, match="cannot take meta_sgd of omniglot-5w1s-fc, 0 updates: it has learned more"):
-        beginning_with(learned("meta_sgd"), options, lambda key: None)
+PARTS = {"train": ["a", "b"], "val": ["c"], "test": ["d"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm": "scale_and_shift"}, "--norm shift, here scale_and_shift. Give the same"),
+        ({"network": "strided_conv", "filters": 4}, "--network fully_connected, here strided_conv; --filters 64, here 4"),
+        ({"statistics": "inductive"}, "--statistics transductive, here inductive"),
+        ({"dataset": "folder", "image_size": 20}, r"images of \[1, 28, 28, 1\], here \[1, 20, 20, 3\]"),
+    ],
+)
+def test_to_begin_with_another_network_is_refused(changes, message):
+    options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s-fc"], **changes)
+    with pytest.raises(CheckpointError, match=f"another network .maml of omniglot-5w1s-fc, 0 updates.: {message}"):
+        check_begin_with(learned("maml"), options, PARTS)
+
+
+def test_to_begin_with_more_than_a_network_is_refused():
+    options = few_shot.PRESETS["omniglot-5w1s-fc"]
+    for trained in (learned("meta_sgd"), learned("maml", seeds=2)):
+        with pytest.raises(CheckpointError, match="takes one network, and this is more"):
+            check_begin_with(trained, options, PARTS)
     with pytest.raises(CheckpointError, match="must be a classifier of fine_tuning or nearest_neighbour"):
         classifier_of(learned("maml"))
 
 
-def test_a_network_that_has_seen_the_test_classes_is_refused(finished, images, banks, tmp_path, capsys):
-    """Of one's own images by their names, of Omniglot by the split."""
+def test_to_begin_with_what_has_seen_the_test_classes_is_refused():
+    """Of one's own images by their names, with or without folders of parts; of Omniglot by the split."""
+    trained = learned("maml")
+
+    def check(parts, **source):
+        source = {"dataset": "folder", "split": "seeded", "classes": []} | source
+        check_begin_with(trained._replace(sources=[source]), trained.options, parts)
+
+    folders = {part: [f"{part}/{name}" for name in names] for part, names in PARTS.items()}
+    for parts in (PARTS, folders):
+        check(parts, classes=["train/a", "train/e"])
+        with pytest.raises(CheckpointError, match="for validation or test here .maml of .*: c, d. Give a run"):
+            check(parts, classes=["train/c", "train/d"])
+    same_names = {part: [f"{part}/1", f"{part}/2"] for part in folders}
+    check(same_names, classes=same_names["train"])
+    check(PARTS, dataset="omniglot")
+    check(PARTS, dataset="miniimagenet", split="vinyals")
+    with pytest.raises(CheckpointError, match="for validation or test here .*: those of --split vinyals. Give a run"):
+        check(PARTS, dataset="omniglot", split="vinyals")
+
+
+def test_what_a_network_has_learned_from_is_passed_on(finished, images, banks, tmp_path, capsys):
+    """By a run that begins with it, to the next one."""
+    first = {"dataset": "folder", "split": "seeded", "classes": [f"train/class{number}" for number in range(6)]}
+    assert read_trained(finished / "checkpoints" / "maml", 6).sources == [first]
+    begin = ("--begin-with", finished / "checkpoints" / "maml", "--steps", 0)
+    assert main(images, banks, *begin, "--out", tmp_path / "second") == 0
+    assert read_trained(tmp_path / "second" / "checkpoints" / "maml", 6).sources == [first]
     moved = tmp_path / "images"
     shutil.copytree(images, moved)
     (moved / "train" / "class0").rename(moved / "test" / "class0")
-    begin = ("--begin-with", finished / "checkpoints" / "maml", "--out", tmp_path / "run")
-    assert main(images, banks, "--data-dir", moved, *begin) == 2
-    assert "classes that are for validation or test here: class0. Give a run" in capsys.readouterr().err
-    one, other = (learned("maml", split=split) for split in ("seeded", "vinyals"))
-    parts = {"val": ["a", "b"], "test": ["c"]}
-    with pytest.raises(CheckpointError, match="for validation or test here: those of --split seeded. Give a run"):
-        check_held_out(one, other.options, parts)
-    check_held_out(one, one.options, parts)
-    check_held_out(one, learned("maml", split="vinyals", dataset="folder").options, parts)
+    begin = ("--begin-with", tmp_path / "second" / "checkpoints" / "maml")
+    assert main(images, banks, *begin, "--data-dir", moved, "--out", tmp_path / "third") == 2
+    assert (
+        "for validation or test here (maml of folder, 3-way 1-shot, fully_connected, 0 updates): class0."
+        in capsys.readouterr().err
+    )
 
 
 def test_resumed_run_is_the_undisturbed_one(finished, images, banks, tmp_path):
@@ -246,6 +290,7 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
             "--begin-with is for one seed and --method maml fomaml anil pretrained fine_tuning",
         ),
         (["--begin-with", "nowhere", "--seeds", 2], "got --seeds 2."),
+        (["--steps", 0], "--steps 0 is for --begin-with. For an untrained network take --method random."),
         (["--filters", 0], "--filters must be a whole number of at least 1"),
     ],
 )
