@@ -37,16 +37,17 @@ def memory_module(
 
     The examples of a task are seen one by one: of every class the first, then of every class the second, and so on, those of
     the query set last. The features $q$ of each, of length 1, should be nearer to a key of its class than to any other: its
-    loss is $[q \cdot k_- - q \cdot k_+ + \alpha]_+$, with the nearest key of another class, and the nearest of its own or,
-    where there is none yet, 0 instead of the product. Then it is written down: by moving the nearest key halfway to it, if that
-    is of its class, else as a key of its own. Keys are constants to the gradient.
+    loss is $[q \cdot k_- - q \cdot k_+ + \alpha]_+$ with the nearest key of another class and the nearest of its own, where
+    there are both; others do not count. Then it is written down: by moving the nearest key halfway to it, if that is of its
+    class, else as a key of its own. Keys are constants to the gradient.
 
     In evaluation the support set alone is written down, and the logit of a class is 40 times the largest cosine with one of its
     keys.
 
     Differs from the authors' code: each task has a memory of its own, with room for all of its examples, so that none is ever
     overwritten, where theirs is shared by the episodes of a batch; all examples of a meta-batch count in one step of the
-    optimiser, where theirs takes one after each showing; the features are compared as they are, without a last linear layer.
+    optimiser, where theirs takes one after each showing, and lets a class without a key count too; the features are compared as
+    they are, without a last linear layer.
 
     Args:
         features: [n, ...] -> [n, d].
@@ -76,13 +77,13 @@ def memory_module(
     def task_loss(params: PyTree, task: Task) -> Array:
         check_task(task)
 
-        def see(memory: Memory, example: Examples) -> tuple[Memory, Array]:
+        def see(memory: Memory, example: Examples) -> tuple[Memory, tuple[Array, Array]]:
             return write(memory, jax.lax.stop_gradient(example)), margin_loss(memory, example, margin)
 
         support, query = map(by_showing, keys_of(params, task))
         seen = jax.tree.map(lambda *sets: jnp.concatenate(sets), support, query)
-        _, losses = jax.lax.scan(see, empty_memory(seen), seen)
-        return losses.sum() / jnp.maximum((seen.y >= 0).sum(), 1)
+        _, (losses, counted) = jax.lax.scan(see, empty_memory(seen), seen)
+        return losses.sum() / jnp.maximum(counted.sum(), 1)
 
     def compare(params: PyTree, task: Task) -> Array:
         support, query = keys_of(params, task)
@@ -114,13 +115,13 @@ def write(memory: Memory, example: Examples) -> Memory:
     return jax.tree.map(lambda new, old: jnp.where(example.y >= 0, new, old), written, memory)
 
 
-def margin_loss(memory: Memory, example: Examples, margin: float) -> Array:
-    """The loss of one example: 0 without a label, or where no other class is written down yet."""
+def margin_loss(memory: Memory, example: Examples, margin: float) -> tuple[Array, Array]:
+    """The loss of one example, 0 where it does not count, and whether it does: there are keys of its class and of others."""
     similarity, alike = memory.keys @ example.x, memory.labels == example.y
     unlike = (memory.labels >= 0) & ~alike
     right, wrong = (similarity.max(where=which, initial=-1.0) for which in (alike, unlike))
-    loss = jax.nn.relu(wrong - jnp.where(alike.any(), right, 0.0) + margin)
-    return jnp.where((example.y >= 0) & unlike.any(), loss, 0.0)
+    counted = (example.y >= 0) & alike.any() & unlike.any()
+    return jnp.where(counted, jax.nn.relu(wrong - right + margin), 0.0), counted
 
 
 def _unit(vectors: Array) -> Array:

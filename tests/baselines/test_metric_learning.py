@@ -143,14 +143,13 @@ def test_a_memory_by_hand(order):
     state = learner.init(KEY)
     np.testing.assert_allclose(learner.evaluate(KEY, state, task)["loss"], [0.0], atol=1e-5)
     third, fourth, fifth, sixth = unit([3, 1, 0]), unit([2, 1, 1]), np.array([0, 0, 1]), unit([0, 1, 0.4])
-    losses = [
-        *(0, 0.3),  # no other class is known; its own is not
+    losses = [  # of those whose class, and another, is known
         third[1] - third[0] + 0.3,
         KEYS[0] @ fourth - fourth[1] + 0.3,
         KEYS[2] @ fifth - KEYS[0] @ fifth + 0.3,
         max(KEYS[0] @ sixth, fifth @ sixth) - max(KEYS[1] @ sixth, KEYS[2] @ sixth) + 0.3,
     ]
-    assert min(losses[2], losses[5]) < 0 < min(losses[3:5])
+    assert min(losses[0], losses[3]) < 0 < min(losses[1:3])
     metrics = learner.update(KEY, state, jax.tree.map(lambda leaf: leaf[None], task))[1]
     np.testing.assert_allclose(metrics["loss"], np.maximum(losses, 0).mean(), rtol=1e-5)
 
@@ -161,7 +160,7 @@ def test_keys_are_constants_to_the_gradient():
     learner = memory_module(positions, cross_entropy, **SHARED | {"ways": 2, "tx": optax.sgd(1.0)})
     state, task = learner.init(KEY), Task(Examples(SEEN.x[:4], SEEN.y[:4]), Examples(SEEN.x[4:], SEEN.y[4:]))
     moved = learner.update(KEY, state, jax.tree.map(lambda leaf: leaf[None], task))[0].params["x"] != SEEN.x
-    assert moved.any(1).tolist() == [False, True, False, True, True, False]  # the first has no other, two are near enough
+    assert moved.any(1).tolist() == [False, False, False, True, True, False]  # the first two do not count, two are near enough
 
 
 def test_the_margin_is_positive():
