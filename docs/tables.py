@@ -32,6 +32,7 @@ ENTRIES = (
     Entry("Omniglot 5-way 1-shot, %", "omniglot-5w1s", 3),
     Entry("Omniglot 5-way 1-shot, begun with the 20-way network, %", "omniglot-5w1s_from_20w1s", 3),
     Entry("Omniglot 5-way 1-shot, MAML++, %", "omniglot-5w1s_maml++", 5, "maml++"),
+    Entry("Omniglot 5-way 1-shot, memory module, %", "omniglot-5w1s_memory_module", 0, "memory_module"),
     Entry("Omniglot 5-way 5-shot, %", "omniglot-5w5s", 3),
     Entry("Omniglot 5-way 5-shot, with that 1-shot network, %", "omniglot-5w5s_from_1s", 3),
     Entry("Omniglot 20-way 1-shot, %", "omniglot-20w1s", 5),
