@@ -29,7 +29,7 @@ from few_shot_presets import (
     check_methods,
     eval_tasks,
 )
-from few_shot_trained import Trained, beginning_with, check_begin_with, classifier_of, read_trained
+from few_shot_trained import Trained, beginning_with, check_begin_with, read_trained
 from jax import Array
 from jax.tree_util import Partial
 
@@ -97,7 +97,7 @@ def train(method: Method, options: Options, data: Data, run: runner.Run, begun_w
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
     if begun_with is not None and method in TRANSFER:
-        return classifier_of(begun_with)
+        return begun_with.state, begun_with.num_updates
     config = {"bank": data.checksum}
     if options.dataset == "folder":  # the others have class lists of their own
         config["classes"] = data.parts

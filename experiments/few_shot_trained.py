@@ -84,10 +84,14 @@ def check_begin_with(trained: Trained, options: Options, parts: Mapping[str, Seq
         parts: the names of the run's classes for "train", "val" and "test".
 
     Raises:
-        CheckpointError: it is not one network, it is another than that of the options, or it has seen such classes.
+        CheckpointError: it is not one network, is no classifier where the methods need one, is another network than that of
+            the options, or has seen such classes.
     """
     if trained.method in MORE_THAN_A_NETWORK or trained.options.seeds > 1:
         raise CheckpointError(f"--begin-with takes one network, and this is more ({trained}). Give one of maml, of one seed.")
+    if (transfer := [method for method in options.method if method in TRANSFER]) and trained.method not in TRANSFER:
+        needed = " or ".join(TRANSFER)
+        raise CheckpointError(f"--begin-with must be of {needed} for --method {' '.join(transfer)}, not a network of {trained}.")
     old, new = (
         {f"--{name}": getattr(each, name) for name in ("network", "filters", "norm", "statistics")}
         | {"images of": list(image_shape(each))}
@@ -104,13 +108,6 @@ def check_begin_with(trained: Trained, options: Options, parts: Mapping[str, Seq
                 f"--begin-with has learned from classes that are for validation or test here ({trained}): {which}. "
                 "Give a run with the same classes for training. If they only have the same names, rename the folders."
             )
-
-
-def classifier_of(trained: Trained) -> tuple[State, int]:
-    """The state [1] and number of updates of a trained classifier, which is all that the transfer methods learn."""
-    if trained.method not in TRANSFER:
-        raise CheckpointError(f"--begin-with must be a classifier of {' or '.join(TRANSFER)} for these methods ({trained}).")
-    return trained.state, trained.num_updates
 
 
 def beginning_with(trained: Trained, init: Callable[[Array], State]) -> Callable[[Array], State]:

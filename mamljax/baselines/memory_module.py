@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.baselines.metric_learning import evaluation, largest_of_class
+from mamljax.baselines.metric_learning import evaluation, largest_of_class, unit
 from mamljax.checks import check_count, check_task
 from mamljax.outer import meta_learner
 from mamljax.types import Examples, LossFn, MetaLearner, Model, PyTree, Task
@@ -71,7 +71,7 @@ def memory_module(
     def keys_of(params: PyTree, task: Task) -> tuple[Examples, Examples]:
         """The keys of the support and the query set, which the network sees together, with their labels."""
         size = len(task.support.y)
-        keys = _unit(features.apply(params, jnp.concatenate([task.support.x, task.query.x])))
+        keys = unit(features.apply(params, jnp.concatenate([task.support.x, task.query.x])))
         return Examples(keys[:size], task.support.y), Examples(keys[size:], task.query.y)
 
     def task_loss(params: PyTree, task: Task) -> Array:
@@ -110,7 +110,7 @@ def write(memory: Memory, example: Examples) -> Memory:
     nearest = jnp.where(memory.labels >= 0, memory.keys @ example.x, -jnp.inf).argmax()
     known = memory.labels[nearest] == example.y
     slot = jnp.where(known, nearest, (memory.labels >= 0).sum())
-    key = jnp.where(known, _unit(memory.keys[nearest] + example.x), example.x)
+    key = jnp.where(known, unit(memory.keys[nearest] + example.x), example.x)
     written = Memory(memory.keys.at[slot].set(key), memory.labels.at[slot].set(example.y))
     return jax.tree.map(lambda new, old: jnp.where(example.y >= 0, new, old), written, memory)
 
@@ -122,7 +122,3 @@ def margin_loss(memory: Memory, example: Examples, margin: float) -> tuple[Array
     right, wrong = (similarity.max(where=which, initial=-1.0) for which in (alike, unlike))
     counted = (example.y >= 0) & alike.any() & unlike.any()
     return jnp.where(counted, jax.nn.relu(wrong - right + margin), 0.0), counted
-
-
-def _unit(vectors: Array) -> Array:
-    return vectors / jnp.sqrt((vectors**2).sum(-1, keepdims=True) + 1e-12)

@@ -126,8 +126,12 @@ def siamese(
 
 def cosine_similarity(a: Array, b: Array) -> Array:
     """The cosine of the angles between vectors [n, d] and [m, d]: [n, m]."""
-    a, b = (vectors / jnp.sqrt((vectors**2).sum(1, keepdims=True) + 1e-12) for vectors in (a, b))
-    return a @ b.T
+    return unit(a) @ unit(b).T
+
+
+def unit(vectors: Array) -> Array:
+    """Vectors [..., d] scaled to length 1; zero stays zero."""
+    return vectors / jnp.sqrt((vectors**2).sum(-1, keepdims=True) + 1e-12)
 
 
 def largest_of_class(similarity: Array, labels: Array, ways: int) -> Array:

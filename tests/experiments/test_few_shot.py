@@ -16,7 +16,7 @@ import runner
 from few_shot_data import load
 from few_shot_learners import adapted_by, build_learner, build_network, outer_optimiser, set_precision
 from few_shot_presets import Method, eval_queries
-from few_shot_trained import Trained, beginning_with, check_begin_with, classifier_of, read_options, read_trained
+from few_shot_trained import Trained, beginning_with, check_begin_with, read_options, read_trained
 from PIL import Image
 
 from mamljax import report
@@ -205,13 +205,14 @@ def test_to_begin_with_another_network_is_refused(changes, message):
         check_begin_with(learned("maml"), options, PARTS)
 
 
-def test_to_begin_with_more_than_a_network_is_refused():
+def test_to_begin_with_more_or_other_than_a_network_is_refused():
     options = few_shot.PRESETS["omniglot-5w1s-fc"]
     for trained in (learned("meta_sgd"), learned("maml", seeds=2)):
         with pytest.raises(CheckpointError, match="takes one network, and this is more"):
             check_begin_with(trained, options, PARTS)
-    with pytest.raises(CheckpointError, match="must be a classifier of fine_tuning or nearest_neighbour"):
-        classifier_of(learned("maml"))
+    transfer = dataclasses.replace(options, method=("maml", "fine_tuning"))  # before maml is trained
+    with pytest.raises(CheckpointError, match="must be of fine_tuning or nearest_neighbour for --method fine_tuning"):
+        check_begin_with(learned("maml"), transfer, PARTS)
 
 
 def test_to_begin_with_what_has_seen_the_test_classes_is_refused():
