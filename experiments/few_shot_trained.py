@@ -91,7 +91,7 @@ def check_begin_with(trained: Trained, options: Options, parts: Mapping[str, Seq
         raise CheckpointError(f"--begin-with takes one network, and this is more ({trained}). Give one of maml, of one seed.")
     if (transfer := [method for method in options.method if method in TRANSFER]) and trained.method not in TRANSFER:
         needed = " or ".join(TRANSFER)
-        raise CheckpointError(f"--begin-with must be of {needed} for --method {' '.join(transfer)}, not a network of {trained}.")
+        raise CheckpointError(f"--begin-with must be of {needed} for --method {' '.join(transfer)}, not {trained}.")
     old, new = (
         {f"--{name}": getattr(each, name) for name in ("network", "filters", "norm", "statistics")}
         | {"images of": list(image_shape(each))}
