@@ -35,6 +35,7 @@ from mamljax.types import MetaLearner, SampleFn, State, Task
 
 CLASSES = {"omniglot-5w1s": (1100, 20), "miniimagenet-5w1s": (64, 600)}  # training classes, and images of each
 FIXED = "fixed tasks"
+SHORTEST = 0.05  # seconds of a measurement: the log of a training, which they are read from, counts milliseconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,8 @@ def seconds_per_update(learner: MetaLearner, sample: SampleFn, problem: Problem,
 
 def measure(options: Options) -> list[report.Row]:
     """Rows of every problem and meta-batch."""
-    if not options.seconds > 0:
-        raise ValueError(f"--seconds must be positive, got {options.seconds}.")
+    if not options.seconds >= SHORTEST:
+        raise ValueError(f"--seconds must be {SHORTEST:g} or more, got {options.seconds}.")
     changes = {name: value for name in ("width", "chunk_size") if (value := getattr(options, name)) is not None}
     rows = []
     with _compiled_once():

@@ -9,7 +9,7 @@ import throughput
 from mamljax import report
 from mamljax.types import Task
 
-TINY = ["--num-tasks", "2", "--width", "2", "--repeats", "1", "--measurements", "1", "--seconds", "0.001"]
+TINY = ["--num-tasks", "2", "--width", "2", "--repeats", "1", "--measurements", "1", "--seconds", "0.05"]
 
 
 def test_writes_throughput_share_and_waiting(tmp_path):
@@ -54,7 +54,7 @@ def test_times_are_of_single_updates(monkeypatch):
     assert throughput.seconds_per_update(None, None, problem, updates=10, count=2) == pytest.approx([0.05, 0.1])
 
 
-@pytest.mark.parametrize(("option", "message"), [("--num-tasks", "a whole number"), ("--seconds", "positive")])
+@pytest.mark.parametrize(("option", "message"), [("--num-tasks", "a whole number"), ("--seconds", "0.05 or more")])
 def test_bad_input(tmp_path, capsys, option, message):
     assert throughput.main([*TINY, option, "0", "--out", str(tmp_path)]) == 2
     assert f"error: {option} must be {message}" in capsys.readouterr().err
