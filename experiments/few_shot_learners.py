@@ -9,6 +9,7 @@ import runner
 from few_shot_presets import Method, Options, image_shape
 
 from mamljax import image_models, models
+from mamljax.baselines.mann import mann
 from mamljax.baselines.memory_module import memory_module
 from mamljax.baselines.meta_lstm import meta_lstm
 from mamljax.baselines.metric_learning import matching, prototypical, siamese
@@ -29,7 +30,7 @@ def set_precision(options: Options) -> None:
     jax.config.update("jax_default_matmul_precision", of_float32)
 
 
-def build_network(options: Options, ways: int | None) -> Model:
+def build_network(options: Options, ways: int | None, *, further_channels: int = 0) -> Model:
     """Build the network; without ways, its features alone."""
     norm = functools.partial(
         image_models.BatchStatNorm,
@@ -41,7 +42,8 @@ def build_network(options: Options, ways: int | None) -> Model:
         "pooled_conv": image_models.PooledConvNet(ways, options.filters, norm=norm),
         "fully_connected": image_models.FullyConnectedNet(ways, norm=norm),
     }
-    network = models.from_linen(modules[options.network], jnp.zeros(image_shape(options)))
+    *size, channels = image_shape(options)
+    network = models.from_linen(modules[options.network], jnp.zeros((*size, channels + further_channels)))
     return models.mixed_precision(network) if options.precision == "bfloat16" else network
 
 
@@ -55,6 +57,10 @@ def adapted_by(method: Method, options: Options, rule: Rule) -> tuple[Model, opt
             frozen = below
         case "boil":
             frozen = (*frozen, *(all_layers - below))
+        case "context":
+            channels, size = options.context_channels, image_shape(options)[1:3]
+            network = build_network(options, options.ways, further_channels=channels)
+            return models.with_context(network, (*size, channels)), all_but("network", rule)
         case "meta_sgd":
             network, rule = learned_step_sizes(network, rule)
         case "maml++":
@@ -93,7 +99,7 @@ def build_learner(method: Method, options: Options, num_classes: int, *, eval_st
     classifier = {"num_classes": num_classes, "ways": options.ways}
     features, image = build_network(options, None), jnp.zeros(image_shape(options))
     match method:
-        case "maml" | "fomaml" | "anil" | "boil" | "meta_sgd" | "meta_lstm":
+        case "maml" | "fomaml" | "anil" | "boil" | "context" | "meta_sgd" | "meta_lstm":
             return maml(network, cross_entropy, **learning, **shared)
         case "maml++":
             multi_step_updates = options.multi_step_updates
@@ -106,6 +112,8 @@ def build_learner(method: Method, options: Options, num_classes: int, *, eval_st
             return nearest_neighbour(features, image, cross_entropy, **classifier, **shared)
         case "matching":
             return matching(features, cross_entropy, ways=options.ways, **shared)
+        case "mann":
+            return mann(features, image, cross_entropy, ways=options.ways, **shared)
         case "memory_module":
             return memory_module(features, cross_entropy, ways=options.ways, **shared)
         case "siamese":

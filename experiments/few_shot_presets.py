@@ -10,6 +10,7 @@ from mamljax.data.omniglot import Split
 
 SOURCE = "Finn et al. 2017, table 1"
 SOURCES = {  # of methods that are not in that table
+    "context": "Finn et al. 2017, appendix",
     "meta_sgd": "Li et al. 2017",
     "maml++": "Antoniou et al. 2019",
     "boil": "Oh et al. 2021",
@@ -24,6 +25,8 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("omniglot", "strided_conv", 20, 5, "maml"): 98.9,
     ("omniglot", "fully_connected", 5, 1, "maml"): 89.7,
     ("omniglot", "fully_connected", 5, 5, "maml"): 97.5,
+    ("omniglot", "fully_connected", 5, 1, "mann"): 82.8,
+    ("omniglot", "fully_connected", 5, 5, "mann"): 94.9,
     ("miniimagenet", "pooled_conv", 5, 1, "maml"): 48.70,
     ("miniimagenet", "pooled_conv", 5, 5, "maml"): 63.11,
     ("miniimagenet", "pooled_conv", 5, 1, "fomaml"): 48.07,
@@ -34,6 +37,8 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("miniimagenet", "pooled_conv", 5, 5, "nearest_neighbour"): 51.04,
     ("miniimagenet", "pooled_conv", 5, 1, "meta_lstm"): 43.44,
     ("miniimagenet", "pooled_conv", 5, 5, "meta_lstm"): 60.60,
+    ("omniglot", "strided_conv", 5, 1, "context"): 94.9,
+    ("omniglot", "strided_conv", 5, 5, "context"): 97.7,
     ("omniglot", "strided_conv", 5, 1, "meta_sgd"): 99.5,
     ("omniglot", "strided_conv", 5, 5, "meta_sgd"): 99.9,
     ("omniglot", "strided_conv", 20, 1, "meta_sgd"): 95.9,
@@ -76,12 +81,13 @@ Preset = Literal[
     *("miniimagenet-5w1s-maml++", "miniimagenet-5w5s-maml++"),
 ]
 Method = Literal[
-    *("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "meta_lstm"),
-    *("pretrained", "random", "fine_tuning", "nearest_neighbour", "matching", "siamese", "memory_module", "prototypical"),
+    *("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "meta_lstm"),
+    *("pretrained", "random", "fine_tuning", "nearest_neighbour"),
+    *("matching", "siamese", "mann", "memory_module", "prototypical"),
 ]
 
-MAML = ("maml", "fomaml", "anil", "boil", "meta_sgd", "maml++", "meta_lstm")  # they learn to adapt
-MORE_THAN_A_NETWORK = ("meta_sgd", "maml++", "meta_lstm", "siamese")  # of these are their parameters
+MAML = ("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "meta_lstm")  # they learn to adapt
+MORE_THAN_A_NETWORK = ("context", "meta_sgd", "maml++", "meta_lstm", "siamese", "mann")  # of these are their parameters
 TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
 
 
@@ -93,11 +99,12 @@ class Options(runner.Options):
     """Values for all options below and above, one preset for each cell of the paper's table, and for MAML++ one
     more for each with convolutions."""
     method: tuple[Method, ...] = ("maml",)
-    """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil) or all but that
-    (boil), that learns a step size for each parameter (meta_sgd) or for each layer and step (maml++); an LSTM that takes the
-    steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one network for all episodes, an untrained one; and a
-    classifier over all training classes, with its output layer renewed and everything fine-tuned, or its features compared.
-    Matching, siamese and prototypical networks, and a memory module, learn from episodes to compare."""
+    """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil), all but that
+    (boil) or nothing but further channels of the image (context), that learns a step size for each parameter (meta_sgd) or
+    for each layer and step (maml++); an LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one
+    network for all episodes, an untrained one; and a classifier over all training classes, with its output layer renewed and
+    everything fine-tuned, or its features compared. Matching, siamese and prototypical networks, and a memory module, learn
+    from episodes to compare, a memory-augmented network (mann) to write down and look up."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -154,6 +161,8 @@ class Options(runner.Options):
     """Step size of Adam, the outer optimiser."""
     annealing: int | None = None
     """Meta-updates over which --meta-lr falls to a hundredth, along a cosine; by default it stays as it is."""
+    context_channels: int = 1
+    """Further channels of the image, for the method of that name; chosen here, as the paper does not say."""
     multi_step_updates: int = 5_000
     """MAML++: meta-updates during which the query loss after earlier steps counts too, less and less."""
     clip: float | None = None
@@ -172,7 +181,7 @@ class Options(runner.Options):
     may have learned from other images of that size, or with another number of ways or shots. An output layer of enough outputs
     stays, cut to the first N; else the new one begins with zeros, as it does with a classifier that nearest_neighbour or
     fine_tuning trained. These two need such a classifier, over as many classes, are evaluated with it, and train nothing. With
-    --steps 0 every method is evaluated only. Not for boil, meta_sgd, maml++, meta_lstm, siamese and random."""
+    --steps 0 every method is evaluated only. Not for boil, context, meta_sgd, maml++, meta_lstm, siamese, mann and random."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy after the training; the
     first also serves for validation during it."""

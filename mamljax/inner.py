@@ -22,6 +22,7 @@ def adapt(
     rule: optax.GradientTransformation,
     *,
     differentiation: Differentiation = "mixed",
+    unroll_first: bool = True,
 ) -> tuple[PyTree, PyTree]:
     r"""Take one step of `rule` down `loss_fn` for each leading entry of `data`.
 
@@ -40,6 +41,8 @@ def adapt(
         data: any pytree with leading axis S, one entry a step.
         rule: any Optax transformation, `optax.sgd(0.01)` for example.
         differentiation: how to differentiate through the steps.
+        unroll_first: take the first step outside the loop over steps, where tasks under `vmap` still share their parameters
+            and so one large product. A task on its own gains nothing by it, and waits longer for the compiler.
 
     Returns:
         The parameters after the last step, and those before and after each step, every leaf with leading axis [S + 1].
@@ -64,13 +67,12 @@ def adapt(
     path = [_with_axis(params)]
     carry = (params, rule.init(params))
     num_steps = len(jax.tree.leaves(data)[0])
-    if num_steps >= 1:
-        # Outside the scan: `vmap` gives a scan's carry a task axis from the start, while here all tasks still share their
-        # parameters, and their forward passes are one large product.
+    if num_steps == 1 or (num_steps and unroll_first):
         carry, stepped = step(carry, jax.tree.map(lambda leaf: leaf[0], data))
         path.append(_with_axis(stepped))
-    if num_steps >= 2:
-        carry, stepped = lax.scan(step, carry, jax.tree.map(lambda leaf: leaf[1:], data))
+        data = jax.tree.map(lambda leaf: leaf[1:], data)
+    if len(path) <= num_steps:  # `vmap` gives the carry of this loop a task axis from the start
+        carry, stepped = lax.scan(step, carry, data)
         path.append(stepped)
     return carry[0], jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *path)
 

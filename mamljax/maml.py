@@ -1,6 +1,7 @@
 """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017, arXiv 1703.03400), algorithm 2."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +62,11 @@ def maml(
     check_count("inner_steps", inner_steps, "For no adaptation use pretrain().")
     check_count("eval_steps", eval_steps)
     rule = as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=differentiation != "first_order")
+    how = {"differentiation": differentiation, "unroll_first": chunk_size != 1}
 
     def task_loss(params: PyTree, task: Task) -> Array:
         check_task(task)
-        adapted, _ = fine_tune(model, loss_fn, params, task.support, rule, inner_steps, differentiation=differentiation)
+        adapted, _ = fine_tune(model, loss_fn, params, task.support, rule, inner_steps, **how)
         return loss_fn(model.apply(adapted, task.query.x), task.query.y)
 
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
@@ -80,15 +82,14 @@ def fine_tune(
     support: Examples,
     rule: optax.GradientTransformation,
     num_steps: int,
-    *,
-    differentiation: Differentiation = "mixed",
+    **how: Any,
 ) -> tuple[PyTree, PyTree]:
-    """Take `num_steps` steps of `rule`, each on the whole support set; returns what `inner.adapt` does."""
+    """Take `num_steps` steps of `rule`, each on the whole support set; `how` and what is returned are as of `inner.adapt`."""
 
     def support_loss(params: PyTree, step: Array) -> Array:
         return loss_fn(model.apply(params, support.x), support.y)
 
-    return adapt(support_loss, params, jnp.arange(num_steps), rule, differentiation=differentiation)
+    return adapt(support_loss, params, jnp.arange(num_steps), rule, **how)
 
 
 def learning_curve(

@@ -66,11 +66,12 @@ def maml_plus_plus(
     adaptation = {"inner_steps": inner_steps, "eval_steps": eval_steps, "differentiation": differentiation}
     plain = maml(model, loss_fn, rule=rule, metric_fns=metric_fns, **adaptation, **shared)
     rule = as_rule(rule, {}, differentiable=False)  # `maml` has checked it
+    how = {"differentiation": differentiation, "unroll_first": chunk_size != 1}
 
     def weighted_loss(params: PyTree, task_and_weights: tuple[Task, Array]) -> Array:
         task, weights = task_and_weights
         check_task(task)
-        _, path = fine_tune(model, loss_fn, params, task.support, rule, inner_steps, differentiation=differentiation)
+        _, path = fine_tune(model, loss_fn, params, task.support, rule, inner_steps, **how)
         adapted = jax.tree.map(lambda leaf: leaf[1:], path)
         return weights @ jax.vmap(lambda params: loss_fn(model.apply(params, task.query.x), task.query.y))(adapted)
 

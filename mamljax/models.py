@@ -196,18 +196,18 @@ def with_linear_head(features: Model, x: Array, outputs: int) -> Model:
     return Model(init, apply)
 
 
-def with_context(model: Model, size: int) -> Model:
+def with_context(model: Model, shape: int | tuple[int, ...]) -> Model:
     """Give a network a context: parameters of its own that it sees beside every input.
 
     Adapted alone, by `rules.all_but("network", ...)`, they tell the network what a task is, and leave how it works as it is.
     The paper compares MAML with that in its appendix.
 
     Args:
-        model: a network of inputs [n, ..., d + size].
-        size: of the context.
+        model: a network of inputs [n, ..., d + c].
+        shape: of the context, c or [..., c]; that of images is [H, W, c], c further channels.
 
     Returns:
-        A network of inputs [n, ..., d], whose params are a dict of the "context" [size], zeros at first, and the "network".
+        A network of inputs [n, ..., d], whose params are a dict of the "context", zeros at first, and the "network".
 
     Raises:
         ValueError: a size below 1.
@@ -217,14 +217,16 @@ def with_context(model: Model, size: int) -> Model:
     >>> params["context"].tolist(), model.apply(params, jnp.ones((5, 1))).shape
     ([0.0, 0.0, 0.0], (5, 2))
     """
-    check_count("the size of a context", size)
+    shape = (shape,) if isinstance(shape, int) else shape
+    for size in shape:
+        check_count("the size of a context", size)
 
     def init(key: Array) -> PyTree:
-        return {"context": jnp.zeros(size), "network": model.init(key)}
+        return {"context": jnp.zeros(shape), "network": model.init(key)}
 
     def apply(params: PyTree, x: Array) -> Array:
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else params["context"].dtype
-        context = jnp.broadcast_to(params["context"].astype(dtype), (*x.shape[:-1], size))
+        context = jnp.broadcast_to(params["context"].astype(dtype), (*x.shape[:-1], shape[-1]))
         return model.apply(params["network"], jnp.concatenate([x, context], axis=-1))
 
     return Model(init, apply)

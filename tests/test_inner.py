@@ -49,6 +49,20 @@ def test_derivative_of_adaptation_on_a_quadratic(mode, factor, steps):
     np.testing.assert_allclose(jax.grad(final)(jnp.array([3.0])), [factor**steps], rtol=1e-6)
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_the_first_step_is_the_same_in_the_loop_as_before_it(mode, steps):
+    params, data = jnp.array([3.0, -1.0]), jax.random.normal(jax.random.key(0), (steps, 2))
+    rule = optax.sgd(0.1, momentum=0.9)
+
+    def last(params, unroll_first):
+        final, path = adapt(quadratic, params, data, rule, differentiation=mode, unroll_first=unroll_first)
+        return final.sum(), (final, path)
+
+    one, other = (jax.value_and_grad(last, has_aux=True)(params, unroll_first) for unroll_first in (True, False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)
+
+
 @pytest.mark.parametrize(
     "rule",
     [optax.sgd(0.1, momentum=0.9), optax.adam(0.1, eps_root=1e-8), optax.chain(optax.clip(0.5), optax.sgd(0.3))],

@@ -110,8 +110,18 @@ def test_a_context_stands_beside_every_input():
     np.testing.assert_array_equal(model.apply(params, x), network.apply(params["network"], beside))
     whole = model.apply(params | {"context": jnp.array([0.5, 0.25, -1.5])}, jnp.ones((1, 2), jnp.int32))
     np.testing.assert_array_equal(whole, network.apply(params["network"], jnp.array([[1, 1, 0.5, 0.25, -1.5]])))
-    with pytest.raises(ValueError, match="the size of a context must be a whole number of at least 1, got 0"):
-        with_context(network, 0)
+    for shape in (0, (4, 4, 0)):
+        with pytest.raises(ValueError, match="the size of a context must be a whole number of at least 1, got 0"):
+            with_context(network, shape)
+
+
+def test_the_context_of_images_is_further_channels():
+    model = with_context(Model(lambda key: {}, lambda params, x: x), (2, 2, 1))
+    context = jnp.arange(4.0).reshape(2, 2, 1)
+    images = jax.random.normal(jax.random.key(0), (3, 2, 2, 3))
+    seen = model.apply(model.init(jax.random.key(0)) | {"context": context}, images)
+    np.testing.assert_array_equal(seen[..., :3], images)
+    np.testing.assert_array_equal(seen[..., 3:], jnp.tile(context, (3, 1, 1, 1)))
 
 
 def test_head_needs_flat_features():

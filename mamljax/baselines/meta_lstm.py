@@ -74,7 +74,8 @@ def meta_lstm(model: Model, inner_lr: float, *, hidden: int = 20) -> tuple[Model
     def step(gradient: PyTree, state: CellState, params: PyTree) -> tuple[PyTree, CellState]:
         slope, unravel = ravel_pytree(gradient["theta"])
         theta, cell = ravel_pytree(params["theta"])[0], params["cell"]
-        out, memory = _lstm(cell, jnp.concatenate([seen(slope), state.hidden], axis=1), state.memory)
+        inputs = jnp.concatenate([seen(slope), state.hidden], axis=1)
+        out, memory = lstm(cell["lstm_kernel"], cell["lstm_bias"], inputs, state.memory)
         input_gate = _gate(cell["input_kernel"], cell["input_bias"], out, theta, state.input_gate)
         forget_gate = _gate(cell["forget_kernel"], cell["forget_bias"], out, theta, state.forget_gate)
         updates = {
@@ -98,10 +99,12 @@ def seen(slope: Array) -> Array:
     return jnp.stack([logarithm, jnp.where(size >= smallest, jnp.sign(slope), slope / smallest)], axis=1)
 
 
-def _lstm(cell: PyTree, inputs: Array, memory: Array) -> tuple[Array, Array]:
-    """One step of an LSTM: its inputs and last outputs [n, 2 + h], its memory [n, h] -> outputs and memory, both [n, h]."""
-    gates = inputs @ cell["lstm_kernel"] + cell["lstm_bias"]
-    take, keep, show, new = jnp.split(gates, 4, axis=1)
+def lstm(kernel: Array, bias: Array, inputs: Array, memory: Array) -> tuple[Array, Array]:
+    """One step of an LSTM: its inputs and last outputs [..., d + h], its memory [..., h] -> outputs and memory [..., h].
+
+    The kernel is [d + h, 4 h].
+    """
+    take, keep, show, new = jnp.split(inputs @ kernel + bias, 4, axis=-1)
     memory = jax.nn.sigmoid(keep) * memory + jax.nn.sigmoid(take) * jnp.tanh(new)
     return jax.nn.sigmoid(show) * jnp.tanh(memory), memory
 

@@ -1,0 +1,140 @@
+"""Memory-augmented networks, a comparison system of the paper's table 1: an LSTM that writes to a memory and reads from it."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from mamljax.baselines.meta_lstm import lstm
+from mamljax.baselines.metric_learning import cosine_similarity, evaluation
+from mamljax.checks import check_count, check_task
+from mamljax.outer import meta_learner
+from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
+
+USAGE_KEPT = 0.99  # of a slot's use, from one example to the next
+
+
+class Controller(NamedTuple):
+    """What is carried from one example to the next: the LSTM's state, and the memory of M slots with its R heads."""
+
+    hidden: Array  # [h]
+    cell: Array  # [h]
+    slots: Array  # [M, d]
+    usage: Array  # [M]: how much a slot was read and written of late
+    attention: Array  # [R, M]: which slots each head read last
+    read: Array  # [R, d]: what they held
+
+
+def mann(
+    features: Model,
+    x: Array,
+    loss_fn: LossFn,
+    *,
+    ways: int,
+    tx: optax.GradientTransformation,
+    hidden: int = 200,
+    slots: int = 128,
+    width: int = 40,
+    heads: int = 4,
+    metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
+) -> MetaLearner:
+    r"""Memory-augmented neural networks (Santoro et al. 2016, arXiv 1605.06065, section 3).
+
+    The support examples of a task are seen one after the other, in random order, then every query example for itself. An LSTM
+    sees the features and the label of each, none with a query, and what it read last; see `see`. The logits are linear in its
+    output and in what it reads then.
+
+    Differs from the paper: an example comes with its own label, where theirs comes with the next example, from which it took
+    far longer to learn; the LSTM sees features that are learned with it, not pixels; the sharpness of reading is learned, as in
+    neural Turing machines, where theirs is 1; the loss is that of the query examples, not of all steps of a longer sequence.
+
+    Args:
+        features: [n, ...] -> [n, f].
+        x: [n, ...] an example input, for its shape and dtype only.
+        loss_fn: (logits, labels) -> scalar, the mean over examples.
+        ways: N, classes of a task.
+        tx: the outer optimiser.
+        hidden: h, units of the LSTM.
+        slots: M, of the memory, at least as many as heads.
+        width: d, of a slot.
+        heads: R, that write and read.
+        metric_fns: further (logits, labels) -> scalar to report in evaluation, by name.
+        chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
+
+    Returns:
+        A meta-learner of `Task(support, query)` whose `evaluate` returns the `loss` and the metrics on the query set, each [1].
+
+    Raises:
+        ValueError: a count below 1, or fewer slots than heads; at the first update, a malformed task.
+    """
+    for name, count in (("ways", ways), ("hidden", hidden), ("slots", slots), ("width", width), ("heads", heads)):
+        check_count(name, count)
+    if slots < heads:
+        raise ValueError(f"a memory must have as many slots as heads, {heads}, got {slots}.")
+    size = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0)).shape[-1]
+
+    def init(key: Array) -> PyTree:
+        features_key, *keys = jax.random.split(key, 4)
+        glorot = jax.nn.initializers.glorot_uniform()
+        sizes = {
+            "lstm": (size + ways + heads * width + hidden, 4 * hidden),
+            "heads": (hidden, heads * (width + 2)),
+            "output": (hidden + heads * width, ways),
+        }
+        layers = {
+            name: {"kernel": glorot(key, size), "bias": jnp.zeros(size[1])}
+            for key, (name, size) in zip(keys, sizes.items(), strict=True)
+        }
+        layers["lstm"]["bias"] = jnp.repeat(jnp.array([0.0, 1.0, 0.0, 0.0]), hidden)  # at first little is forgotten
+        return {"features": features.init(features_key), **layers}
+
+    def compare(params: PyTree, task: Task) -> Array:
+        """The logits of the query examples, after the support examples in their order: [n, N]."""
+        size = len(task.support.y)
+        vectors = features.apply(params["features"], jnp.concatenate([task.support.x, task.query.x]))
+        labels = jnp.concatenate([jax.nn.one_hot(task.support.y, ways), jnp.zeros((len(task.query.y), ways))])
+        shown = jnp.concatenate([vectors, labels], axis=1)
+        start = Controller(*map(jnp.zeros, (hidden, hidden, (slots, width), slots, (heads, slots), (heads, width))))
+        state, _ = lax.scan(lambda state, one: (see(params, state, one), None), start, shown[:size])
+        after = jax.vmap(see, in_axes=(None, None, 0))(params, state, shown[size:])
+        outputs = jnp.concatenate([after.hidden, after.read.reshape(-1, heads * width)], axis=1)
+        return outputs @ params["output"]["kernel"] + params["output"]["bias"]
+
+    def in_random_order(key: Array, params: PyTree, task: Task) -> Task:
+        order = jax.random.permutation(key, len(task.support.y))
+        return task._replace(support=jax.tree.map(lambda leaf: leaf[order], task.support))
+
+    def task_loss(params: PyTree, task: Task) -> Array:
+        check_task(task)
+        return loss_fn(compare(params, task), task.query.y)
+
+    scores = evaluation(compare, loss_fn, metric_fns)
+
+    def evaluate(key: Array, state: State, task: Task) -> Metrics:
+        return scores(key, state, in_random_order(key, state.params, task))
+
+    return meta_learner(init, task_loss, evaluate, tx=tx, gather=in_random_order, chunk_size=chunk_size)
+
+
+def see(params: PyTree, state: Controller, example: Array) -> Controller:
+    r"""Show one example to the controller: its features with its label, [f + N].
+
+    Each head has a key $k$ and a gate $\sigma(\alpha)$. It adds $k$ to the slots of the memory $M$ by the weights
+    $\sigma(\alpha) w^r + (1 - \sigma(\alpha)) w^{lu}$: to those that it read last, or to one that was used the least, which the
+    first head clears before. Then it reads by $w^r = \mathrm{softmax}(\beta \cos(k, M))$.
+    """
+    heads, width = state.read.shape
+    inputs = jnp.concatenate([example, state.read.reshape(-1), state.hidden])
+    out, cell = lstm(params["lstm"]["kernel"], params["lstm"]["bias"], inputs, state.cell)
+    by_head = (out @ params["heads"]["kernel"] + params["heads"]["bias"]).reshape(heads, width + 2)
+    keys, gate, sharpness = jnp.tanh(by_head[:, :width]), jax.nn.sigmoid(by_head[:, width]), 1 + jax.nn.softplus(by_head[:, -1])
+    least_used = jax.nn.one_hot(lax.top_k(-state.usage, heads)[1], len(state.usage))  # [R, M], a slot for each head
+    written = gate[:, None] * state.attention + (1 - gate[:, None]) * least_used
+    slots = (1 - least_used[0, :, None]) * state.slots + written.T @ keys
+    attention = jax.nn.softmax(sharpness[:, None] * cosine_similarity(keys, slots))
+    usage = USAGE_KEPT * state.usage + attention.sum(0) + written.sum(0)
+    return Controller(out, cell, slots, usage, attention, attention @ slots)
