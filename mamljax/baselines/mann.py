@@ -100,9 +100,12 @@ def mann(
         shown = jnp.concatenate([vectors, labels], axis=1)
         start = Controller(*map(jnp.zeros, (hidden, hidden, (slots, width), slots, (heads, slots), (heads, width))))
         state, _ = lax.scan(lambda state, one: (see(params, state, one), None), start, shown[:size])
-        after = jax.vmap(see, in_axes=(None, None, 0))(params, state, shown[size:])
-        outputs = jnp.concatenate([after.hidden, after.read.reshape(-1, heads * width)], axis=1)
-        return outputs @ params["output"]["kernel"] + params["output"]["bias"]
+
+        def answer(query: Array) -> Array:
+            after = see(params, state, query)
+            return _linear(params["output"], jnp.concatenate([after.hidden, after.read.reshape(-1)]))
+
+        return jax.vmap(answer)(shown[size:])
 
     def in_random_order(key: Array, params: PyTree, task: Task) -> Task:
         order = jax.random.permutation(key, len(task.support.y))
@@ -130,11 +133,16 @@ def see(params: PyTree, state: Controller, example: Array) -> Controller:
     heads, width = state.read.shape
     inputs = jnp.concatenate([example, state.read.reshape(-1), state.hidden])
     out, cell = lstm(params["lstm"]["kernel"], params["lstm"]["bias"], inputs, state.cell)
-    by_head = (out @ params["heads"]["kernel"] + params["heads"]["bias"]).reshape(heads, width + 2)
-    keys, gate, sharpness = jnp.tanh(by_head[:, :width]), jax.nn.sigmoid(by_head[:, width]), 1 + jax.nn.softplus(by_head[:, -1])
+    by_head = _linear(params["heads"], out).reshape(heads, width + 2)
+    keys, gate = jnp.tanh(by_head[:, :width]), jax.nn.sigmoid(by_head[:, width])
+    sharpness = 1 + jax.nn.softplus(by_head[:, -1])
     least_used = jax.nn.one_hot(lax.top_k(-state.usage, heads)[1], len(state.usage))  # [R, M], a slot for each head
     written = gate[:, None] * state.attention + (1 - gate[:, None]) * least_used
     slots = (1 - least_used[0, :, None]) * state.slots + written.T @ keys
     attention = jax.nn.softmax(sharpness[:, None] * cosine_similarity(keys, slots))
     usage = USAGE_KEPT * state.usage + attention.sum(0) + written.sum(0)
     return Controller(out, cell, slots, usage, attention, attention @ slots)
+
+
+def _linear(layer: PyTree, x: Array) -> Array:
+    return x @ layer["kernel"] + layer["bias"]

@@ -1,4 +1,4 @@
-"""Methods that compare features: matching, prototypical and siamese networks, and the memory module."""
+"""Methods that compare or look up features: matching, prototypical and siamese networks, and those with a memory."""
 
 import battery
 import jax
@@ -8,6 +8,7 @@ import optax
 import pytest
 from battery import KEY
 
+from mamljax.baselines.mann import mann
 from mamljax.baselines.memory_module import memory_module
 from mamljax.baselines.metric_learning import matching, prototypical, siamese
 from mamljax.losses import accuracy, cross_entropy
@@ -30,6 +31,16 @@ LEARNERS = {
     "prototypical": prototypical(FEATURES, cross_entropy, **SHARED),
     "siamese": siamese(FEATURES, jnp.zeros((1, 4, 4, 1)), cross_entropy, **SHARED),
     "memory_module": memory_module(FEATURES, cross_entropy, **SHARED),
+    "mann": mann(
+        FEATURES,
+        jnp.zeros((1, 4, 4, 1)),
+        cross_entropy,
+        hidden=32,
+        slots=8,
+        width=8,
+        heads=2,
+        **SHARED | {"tx": optax.adam(0.01)},
+    ),
 }
 
 
@@ -49,13 +60,16 @@ def mean_accuracy(learner, state):
     return scores.mean()
 
 
-def test_learns_features_that_tell_classes_never_seen_apart(learner):
+@pytest.mark.parametrize("name", LEARNERS)
+def test_learns_features_that_tell_classes_never_seen_apart(name):
+    learner, (num_updates, num_tasks) = LEARNERS[name], (400, 16) if name == "mann" else (200, 4)
+
     def body(t, state):
-        tasks = jax.vmap(TRAIN)(jax.random.split(jax.random.fold_in(KEY, t), 4))
+        tasks = jax.vmap(TRAIN)(jax.random.split(jax.random.fold_in(KEY, t), num_tasks))
         return learner.update(KEY, state, tasks)[0]
 
     start = learner.init(KEY)
-    state = jax.jit(lambda state: jax.lax.fori_loop(0, 200, body, state))(start)
+    state = jax.jit(lambda state: jax.lax.fori_loop(0, num_updates, body, state))(start)
     before, after = mean_accuracy(learner, start), mean_accuracy(learner, state)
     assert before < 0.65
     assert after > before + 0.15
