@@ -13,6 +13,7 @@ from mamljax.baselines.mann import mann
 from mamljax.baselines.memory_module import memory_module
 from mamljax.baselines.meta_lstm import meta_lstm
 from mamljax.baselines.metric_learning import matching, prototypical, siamese
+from mamljax.baselines.neural_statistician import neural_statistician
 from mamljax.baselines.pretrain import pretrain
 from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
 from mamljax.losses import accuracy, cross_entropy
@@ -116,6 +117,8 @@ def build_learner(method: Method, options: Options, num_classes: int, *, eval_st
             return mann(features, image, cross_entropy, ways=options.ways, **shared)
         case "memory_module":
             return memory_module(features, cross_entropy, ways=options.ways, **shared)
+        case "neural_statistician":
+            return neural_statistician(features, image, cross_entropy, ways=options.ways, **shared)
         case "siamese":
             return siamese(features, image, cross_entropy, ways=options.ways, **shared)
         case "prototypical":

@@ -67,6 +67,10 @@ PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
     ("omniglot", "strided_conv", 5, 5, "memory_module"): 99.6,
     ("omniglot", "strided_conv", 20, 1, "memory_module"): 95.0,
     ("omniglot", "strided_conv", 20, 5, "memory_module"): 98.6,
+    ("omniglot", "strided_conv", 5, 1, "neural_statistician"): 98.1,
+    ("omniglot", "strided_conv", 5, 5, "neural_statistician"): 99.5,
+    ("omniglot", "strided_conv", 20, 1, "neural_statistician"): 93.2,
+    ("omniglot", "strided_conv", 20, 5, "neural_statistician"): 98.1,
     ("omniglot", "strided_conv", 5, 1, "prototypical"): 98.8,
     ("omniglot", "strided_conv", 5, 5, "prototypical"): 99.7,
     ("omniglot", "strided_conv", 20, 1, "prototypical"): 96.0,
@@ -83,11 +87,12 @@ Preset = Literal[
 Method = Literal[
     *("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "meta_lstm"),
     *("pretrained", "random", "fine_tuning", "nearest_neighbour"),
-    *("matching", "siamese", "mann", "memory_module", "prototypical"),
+    *("matching", "siamese", "mann", "memory_module", "neural_statistician", "prototypical"),
 ]
 
 MAML = ("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "meta_lstm")  # they learn to adapt
-MORE_THAN_A_NETWORK = ("context", "meta_sgd", "maml++", "meta_lstm", "siamese", "mann")  # of these are their parameters
+# What of these is learned.
+MORE_THAN_A_NETWORK = ("context", "meta_sgd", "maml++", "meta_lstm", "siamese", "mann", "neural_statistician")
 TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
 
 
@@ -104,7 +109,8 @@ class Options(runner.Options):
     for each layer and step (maml++); an LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one
     network for all episodes, an untrained one; and a classifier over all training classes, with its output layer renewed and
     everything fine-tuned, or its features compared. Matching, siamese and prototypical networks, and a memory module, learn
-    from episodes to compare, a memory-augmented network (mann) to write down and look up."""
+    from episodes to compare, a memory-augmented network (mann) to write down and look up, and a neural statistician to draw
+    images like those of a class (give it several --queries)."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -181,7 +187,8 @@ class Options(runner.Options):
     may have learned from other images of that size, or with another number of ways or shots. An output layer of enough outputs
     stays, cut to the first N; else the new one begins with zeros, as it does with a classifier that nearest_neighbour or
     fine_tuning trained. These two need such a classifier, over as many classes, are evaluated with it, and train nothing. With
-    --steps 0 every method is evaluated only. Not for boil, context, meta_sgd, maml++, meta_lstm, siamese, mann and random."""
+    --steps 0 every method is evaluated only. Not for boil, context, meta_sgd, maml++, meta_lstm, siamese, mann,
+    neural_statistician and random."""
     tuning_lrs: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
     """Step sizes to choose from for fine-tuning of methods other than MAML, by validation accuracy after the training; the
     first also serves for validation during it."""

@@ -37,8 +37,9 @@ ALLOWED = {
     "maml": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
     "maml_plus_plus": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "reptile": FOUNDATION | {"inner", "rules", "outer", "maml"},
-    "baselines": FOUNDATION | {"losses", "models", "inner", "rules", "outer", "maml"},
-    "rl": FOUNDATION | {"models", "inner", "rules", "devices"},
+    "gaussian": set(),
+    "baselines": FOUNDATION | {"gaussian", "losses", "models", "inner", "rules", "outer", "maml"},
+    "rl": FOUNDATION | {"gaussian", "models", "inner", "rules", "devices"},
 }
 
 

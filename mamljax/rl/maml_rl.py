@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from mamljax import gaussian
 from mamljax.checks import check_count
 from mamljax.devices import divide
 from mamljax.inner import adapt
-from mamljax.rl import gaussian
 from mamljax.rl.advantages import masked_mean
 from mamljax.rl.collect import Batch, CollectFn
 from mamljax.rl.trpo import TrustRegionState

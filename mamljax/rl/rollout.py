@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mamljax.rl import gaussian
+from mamljax import gaussian
 from mamljax.rl.environment import Environment
 from mamljax.types import Model, PyTree
 

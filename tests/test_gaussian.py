@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from mamljax.rl import gaussian
+from mamljax import gaussian
 
 GENERATOR = np.random.default_rng(0)
 X, MEAN, OTHER = GENERATOR.normal(size=(3, 5, 4, 2)).astype(np.float32)

@@ -30,7 +30,7 @@ def kl_divergence(mean: Array, log_std: Array, other_mean: Array, other_log_std:
     >>> kl_divergence(jnp.zeros(2), jnp.zeros(2), jnp.ones(2), jnp.zeros(2)).item()
     1.0
     """
-    log_std, other_log_std = (jnp.broadcast_to(value, mean.shape) for value in (log_std, other_log_std))
+    mean, log_std, other_mean, other_log_std = jnp.broadcast_arrays(mean, log_std, other_mean, other_log_std)
     ratio = jnp.exp(2 * (log_std - other_log_std))
     distance = (mean - other_mean) * jnp.exp(-other_log_std)
     return jnp.sum(other_log_std - log_std + 0.5 * (ratio + distance**2 - 1), axis=-1)

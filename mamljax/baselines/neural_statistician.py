@@ -1,0 +1,129 @@
+"""The neural statistician, a comparison system of the paper's table 1: a variational autoencoder of sets of examples."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mamljax.baselines.metric_learning import evaluation
+from mamljax.checks import check_count, check_task
+from mamljax.gaussian import from_noise, kl_divergence
+from mamljax.models import mlp
+from mamljax.outer import meta_learner
+from mamljax.types import LossFn, MetaLearner, Model, PyTree, Task
+
+
+class Noise(NamedTuple):
+    """Standard normal numbers, of which samples of the approximate posteriors are made."""
+
+    context: Array  # [N, c]
+    latent: Array  # [n, z]
+
+
+def neural_statistician(
+    features: Model,
+    x: Array,
+    loss_fn: LossFn,
+    *,
+    ways: int,
+    tx: optax.GradientTransformation,
+    context_size: int = 512,
+    latent_size: int = 16,
+    hidden: int = 256,
+    metric_fns: Mapping[str, LossFn] = {},
+    chunk_size: int | None = None,
+) -> MetaLearner:
+    r"""The neural statistician (Edwards & Storkey 2017, arXiv 1606.02185, sections 3 and 4).
+
+    A class has a context $c \sim N(0, 1)$, each of its examples a latent variable $z \sim p(z | c)$, and each of their pixels
+    is 1 with a probability that $p(x | z, c)$ gives. $q(c | D)$ is what a network makes of a set $D$ of
+    examples, by the mean over them, and $q(z | x, c)$ what another makes of one; all but pixels are distributed normally, each
+    dimension for itself. The examples of each class of a task, support and query, are a set, and by the evidence lower bound
+
+    $$E_q \left[ \sum_{x \in D} \log p(x | z, c) - KL(q(z | x, c) \| p(z | c)) \right] - KL(q(c | D) \| N(0, 1))$$
+
+    it learns to make them more likely; of the labels it learns no more than which examples belong together. In evaluation the
+    logit of a class with support examples $D$ is $-KL(q(c | D) \| q(c | x))$.
+
+    Differs from the paper: the networks above the features are fully connected, with one hidden layer each, and so is that of
+    the pixels.
+
+    Args:
+        features: [n, ...] -> [n, f].
+        x: [n, ...] an example input, for its shape and dtype only; inputs are in [0, 1].
+        loss_fn: (logits, labels) -> scalar, the mean over examples; reported in evaluation.
+        ways: N, classes of a task.
+        tx: the outer optimiser.
+        context_size: dimensions of c.
+        latent_size: dimensions of z.
+        hidden: units of each hidden layer.
+        metric_fns: further (logits, labels) -> scalar to report in evaluation, by name.
+        chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
+
+    Returns:
+        A meta-learner of `Task(support, query)`. Its `loss` in training is the negative bound in nats per example; `evaluate`
+        returns the `loss` of the logits and the metrics on the query set, each [1].
+
+    Raises:
+        ValueError: a count below 1; at the first update, a malformed task.
+    """
+    sizes = {"ways": ways, "context_size": context_size, "latent_size": latent_size, "hidden": hidden}
+    for name, count in sizes.items():
+        check_count(name, count)
+    seen = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0)).shape[-1]
+    networks = {
+        "statistic": mlp(seen, (hidden,), hidden),  # of an example, to be averaged over a set
+        "context": mlp(hidden, (hidden,), 2 * context_size),  # of such a mean: q(c | D)
+        "prior": mlp(context_size, (hidden,), 2 * latent_size),  # p(z | c)
+        "latent": mlp(seen + context_size, (hidden,), 2 * latent_size),  # q(z | x, c)
+        "pixels": mlp(latent_size + context_size, (hidden,), x[0].size),  # p(x | z, c), as logits
+    }
+
+    def init(key: Array) -> PyTree:
+        models = {"features": features, **networks}
+        return {name: model.init(key) for (name, model), key in zip(models.items(), jax.random.split(key, 6), strict=True)}
+
+    def normal(name: str, params: PyTree, *inputs: Array) -> tuple[Array, Array]:
+        """The mean and the log-std that a network gives."""
+        outputs = networks[name].apply(params[name], jnp.concatenate(inputs, axis=-1))
+        return tuple(jnp.split(outputs, 2, axis=-1))
+
+    def contexts(params: PyTree, vectors: Array, members: Array) -> tuple[Array, Array]:
+        """q(c | D) for sets of the features [n, f], whose members [m, n] are 1: its mean and log-std, [m, c]."""
+        each = jax.nn.relu(networks["statistic"].apply(params["statistic"], vectors))
+        return normal("context", params, members @ each / members.sum(1, keepdims=True))
+
+    def draw_noise(key: Array, params: PyTree, task: Task) -> tuple[Task, Noise]:
+        context_key, latent_key = jax.random.split(key)
+        number = len(task.support.y) + len(task.query.y)
+        shapes = (context_key, (ways, context_size)), (latent_key, (number, latent_size))
+        return task, Noise(*(jax.random.normal(key, shape) for key, shape in shapes))
+
+    def task_loss(params: PyTree, task_and_noise: tuple[Task, Noise]) -> Array:
+        task, noise = task_and_noise
+        check_task(task)
+        images, labels = (jnp.concatenate(both) for both in zip(task.support, task.query, strict=True))
+        vectors = features.apply(params["features"], images)
+        members = jax.nn.one_hot(labels, ways)
+        posterior = contexts(params, vectors, members.T)
+        context = members @ from_noise(noise.context, *posterior)  # [n, c], that of the class of each
+        of_latent = normal("latent", params, vectors, context)
+        latent = from_noise(noise.latent, *of_latent)
+        logits = networks["pixels"].apply(params["pixels"], jnp.concatenate([latent, context], axis=1))
+        errors = optax.losses.sigmoid_binary_cross_entropy(logits, images.reshape(len(images), -1)).sum(1)
+        of_example = errors + kl_divergence(*of_latent, *normal("prior", params, context))
+        of_class = kl_divergence(*posterior, *jnp.zeros((2, *noise.context.shape)))
+        return (members.sum(1) @ of_example + of_class.sum()) / members.sum()
+
+    def compare(params: PyTree, task: Task) -> Array:
+        size = len(task.support.y)
+        vectors = features.apply(params["features"], jnp.concatenate([task.support.x, task.query.x]))
+        classes = contexts(params, vectors[:size], jax.nn.one_hot(task.support.y, ways, axis=0))
+        queries = contexts(params, vectors[size:], jnp.eye(len(task.query.y)))
+        return -kl_divergence(*(leaf[None] for leaf in classes), *(leaf[:, None] for leaf in queries))
+
+    evaluate = evaluation(compare, loss_fn, metric_fns)
+    return meta_learner(init, task_loss, evaluate, tx=tx, gather=draw_noise, chunk_size=chunk_size)
