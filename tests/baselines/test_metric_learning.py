@@ -11,6 +11,7 @@ from battery import KEY
 from mamljax.baselines.mann import mann
 from mamljax.baselines.memory_module import memory_module
 from mamljax.baselines.metric_learning import matching, prototypical, siamese
+from mamljax.baselines.neural_statistician import neural_statistician
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.tasks.images import episodes, inductive
 from mamljax.types import Examples, Model, Task
@@ -40,6 +41,9 @@ LEARNERS = {
         width=8,
         heads=2,
         **SHARED | {"tx": optax.adam(0.01)},
+    ),
+    "neural_statistician": neural_statistician(
+        FEATURES, jnp.zeros((1, 4, 4, 1)), cross_entropy, context_size=4, latent_size=4, hidden=32, **SHARED
     ),
 }
 
@@ -91,6 +95,8 @@ def test_order_of_the_support_set_does_not_matter(learner):
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
+# Not the neural statistician, which draws other samples then; its own tests have that.
+@pytest.mark.parametrize("learner", [name for name in LEARNERS if name != "neural_statistician"], indirect=True)
 def test_unlabelled_queries_do_not_count(learner):
     """As those are that inductive episodes begin with."""
     state = learner.init(KEY)
