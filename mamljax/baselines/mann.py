@@ -1,6 +1,7 @@
 """Memory-augmented networks, a comparison system of the paper's table 1: an LSTM that writes to a memory and reads from it."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -75,22 +76,21 @@ def mann(
         check_count(name, count)
     if slots < heads:
         raise ValueError(f"a memory must have as many slots as heads, {heads}, got {slots}.")
-    size = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0)).shape[-1]
+    seen = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0)).shape[-1]
+    layers = {  # inputs and outputs
+        "lstm": (seen + ways + heads * width + hidden, 4 * hidden),
+        "heads": (hidden, heads * (width + 2)),
+        "output": (hidden + heads * width, ways),
+    }
 
     def init(key: Array) -> PyTree:
-        features_key, *keys = jax.random.split(key, 4)
-        glorot = jax.nn.initializers.glorot_uniform()
-        sizes = {
-            "lstm": (size + ways + heads * width + hidden, 4 * hidden),
-            "heads": (hidden, heads * (width + 2)),
-            "output": (hidden + heads * width, ways),
+        keys = jax.random.split(key, 1 + len(layers))
+        kernels = map(jax.nn.initializers.glorot_uniform(), keys[1:], layers.values())
+        params = {
+            name: {"kernel": kernel, "bias": jnp.zeros(kernel.shape[1])} for name, kernel in zip(layers, kernels, strict=True)
         }
-        layers = {
-            name: {"kernel": glorot(key, size), "bias": jnp.zeros(size[1])}
-            for key, (name, size) in zip(keys, sizes.items(), strict=True)
-        }
-        layers["lstm"]["bias"] = jnp.repeat(jnp.array([0.0, 1.0, 0.0, 0.0]), hidden)  # at first little is forgotten
-        return {"features": features.init(features_key), **layers}
+        params["lstm"]["bias"] = jnp.repeat(jnp.array([0.0, 1.0, 0.0, 0.0]), hidden)  # at first little is forgotten
+        return {"features": features.init(keys[0]), **params}
 
     def compare(params: PyTree, task: Task) -> Array:
         """The logits of the query examples, after the support examples in their order: [n, N]."""
@@ -100,16 +100,7 @@ def mann(
         shown = jnp.concatenate([vectors, labels], axis=1)
         start = Controller(*map(jnp.zeros, (hidden, hidden, (slots, width), slots, (heads, slots), (heads, width))))
         state, _ = lax.scan(lambda state, one: (see(params, state, one), None), start, shown[:size])
-
-        def answer(query: Array) -> Array:
-            after = see(params, state, query)
-            return _linear(params["output"], jnp.concatenate([after.hidden, after.read.reshape(-1)]))
-
-        return jax.vmap(answer)(shown[size:])
-
-    def in_random_order(key: Array, params: PyTree, task: Task) -> Task:
-        order = jax.random.permutation(key, len(task.support.y))
-        return task._replace(support=jax.tree.map(lambda leaf: leaf[order], task.support))
+        return jax.vmap(partial(answer, params, state))(shown[size:])
 
     def task_loss(params: PyTree, task: Task) -> Array:
         check_task(task)
@@ -118,9 +109,9 @@ def mann(
     scores = evaluation(compare, loss_fn, metric_fns)
 
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
-        return scores(key, state, in_random_order(key, state.params, task))
+        return scores(key, state, _in_random_order(key, state.params, task))
 
-    return meta_learner(init, task_loss, evaluate, tx=tx, gather=in_random_order, chunk_size=chunk_size)
+    return meta_learner(init, task_loss, evaluate, tx=tx, gather=_in_random_order, chunk_size=chunk_size)
 
 
 def see(params: PyTree, state: Controller, example: Array) -> Controller:
@@ -142,6 +133,17 @@ def see(params: PyTree, state: Controller, example: Array) -> Controller:
     attention = jax.nn.softmax(sharpness[:, None] * cosine_similarity(keys, slots))
     usage = USAGE_KEPT * state.usage + attention.sum(0) + written.sum(0)
     return Controller(out, cell, slots, usage, attention, attention @ slots)
+
+
+def answer(params: PyTree, state: Controller, query: Array) -> Array:
+    """The logits [N] of a query example: its features with no label, [f + N]."""
+    after = see(params, state, query)
+    return _linear(params["output"], jnp.concatenate([after.hidden, after.read.reshape(-1)]))
+
+
+def _in_random_order(key: Array, params: PyTree, task: Task) -> Task:
+    order = jax.random.permutation(key, len(task.support.y))
+    return task._replace(support=jax.tree.map(lambda leaf: leaf[order], task.support))
 
 
 def _linear(layer: PyTree, x: Array) -> Array:

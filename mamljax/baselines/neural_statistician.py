@@ -1,6 +1,7 @@
 """The neural statistician, a comparison system of the paper's table 1: a variational autoencoder of sets of examples."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,8 @@ from mamljax.gaussian import from_noise, kl_divergence
 from mamljax.models import mlp
 from mamljax.outer import meta_learner
 from mamljax.types import LossFn, MetaLearner, Model, PyTree, Task
+
+Networks = Mapping[str, Callable[[Array], Array]]
 
 
 class Noise(NamedTuple):
@@ -74,7 +77,8 @@ def neural_statistician(
     for name, count in sizes.items():
         check_count(name, count)
     seen = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0)).shape[-1]
-    networks = {
+    models = {
+        "features": features,
         "statistic": mlp(seen, (hidden,), hidden),  # of an example, to be averaged over a set
         "context": mlp(hidden, (hidden,), 2 * context_size),  # of such a mean: q(c | D)
         "prior": mlp(context_size, (hidden,), 2 * latent_size),  # p(z | c)
@@ -83,18 +87,7 @@ def neural_statistician(
     }
 
     def init(key: Array) -> PyTree:
-        models = {"features": features, **networks}
         return {name: model.init(key) for (name, model), key in zip(models.items(), jax.random.split(key, 6), strict=True)}
-
-    def normal(name: str, params: PyTree, *inputs: Array) -> tuple[Array, Array]:
-        """The mean and the log-std that a network gives."""
-        outputs = networks[name].apply(params[name], jnp.concatenate(inputs, axis=-1))
-        return tuple(jnp.split(outputs, 2, axis=-1))
-
-    def contexts(params: PyTree, vectors: Array, members: Array) -> tuple[Array, Array]:
-        """q(c | D) for sets of the features [n, f], whose members [m, n] are 1: its mean and log-std, [m, c]."""
-        each = jax.nn.relu(networks["statistic"].apply(params["statistic"], vectors))
-        return normal("context", params, members @ each / members.sum(1, keepdims=True))
 
     def draw_noise(key: Array, params: PyTree, task: Task) -> tuple[Task, Noise]:
         context_key, latent_key = jax.random.split(key)
@@ -106,24 +99,43 @@ def neural_statistician(
         task, noise = task_and_noise
         check_task(task)
         images, labels = (jnp.concatenate(both) for both in zip(task.support, task.query, strict=True))
-        vectors = features.apply(params["features"], images)
-        members = jax.nn.one_hot(labels, ways)
-        posterior = contexts(params, vectors, members.T)
-        context = members @ from_noise(noise.context, *posterior)  # [n, c], that of the class of each
-        of_latent = normal("latent", params, vectors, context)
-        latent = from_noise(noise.latent, *of_latent)
-        logits = networks["pixels"].apply(params["pixels"], jnp.concatenate([latent, context], axis=1))
-        errors = optax.losses.sigmoid_binary_cross_entropy(logits, images.reshape(len(images), -1)).sum(1)
-        of_example = errors + kl_divergence(*of_latent, *normal("prior", params, context))
-        of_class = kl_divergence(*posterior, *jnp.zeros((2, *noise.context.shape)))
-        return (members.sum(1) @ of_example + of_class.sum()) / members.sum()
+        return negative_bound(_applied(models, params), images, jax.nn.one_hot(labels, ways), noise)
 
     def compare(params: PyTree, task: Task) -> Array:
-        size = len(task.support.y)
-        vectors = features.apply(params["features"], jnp.concatenate([task.support.x, task.query.x]))
-        classes = contexts(params, vectors[:size], jax.nn.one_hot(task.support.y, ways, axis=0))
-        queries = contexts(params, vectors[size:], jnp.eye(len(task.query.y)))
+        size, network = len(task.support.y), _applied(models, params)
+        vectors = network["features"](jnp.concatenate([task.support.x, task.query.x]))
+        classes = contexts(network, vectors[:size], jax.nn.one_hot(task.support.y, ways, axis=0))
+        queries = contexts(network, vectors[size:], jnp.eye(len(task.query.y)))
         return -kl_divergence(*(leaf[None] for leaf in classes), *(leaf[:, None] for leaf in queries))
 
     evaluate = evaluation(compare, loss_fn, metric_fns)
     return meta_learner(init, task_loss, evaluate, tx=tx, gather=draw_noise, chunk_size=chunk_size)
+
+
+def negative_bound(network: Networks, images: Array, members: Array, noise: Noise) -> Array:
+    """The negative evidence lower bound, in nats per example, of images [n, ...] whose classes [n, N] are 1."""
+    vectors = network["features"](images)
+    posterior = contexts(network, vectors, members.T)
+    context = members @ from_noise(noise.context, *posterior)  # [n, c], that of the class of each
+    of_latent = _normal(network["latent"](jnp.concatenate([vectors, context], axis=1)))
+    latent = from_noise(noise.latent, *of_latent)
+    logits = network["pixels"](jnp.concatenate([latent, context], axis=1))
+    errors = optax.losses.sigmoid_binary_cross_entropy(logits, images.reshape(len(images), -1)).sum(1)
+    of_example = errors + kl_divergence(*of_latent, *_normal(network["prior"](context)))
+    of_class = kl_divergence(*posterior, *jnp.zeros((2, *noise.context.shape)))
+    return (members.sum(1) @ of_example + of_class.sum()) / members.sum()
+
+
+def contexts(network: Networks, vectors: Array, members: Array) -> tuple[Array, Array]:
+    """q(c | D) for m sets of the features [n, f], whose members [m, n] are 1: its mean and log-std, [m, c]."""
+    each = jax.nn.relu(network["statistic"](vectors))
+    return _normal(network["context"](members @ each / members.sum(1, keepdims=True)))
+
+
+def _normal(outputs: Array) -> tuple[Array, Array]:
+    """The mean and the log-std that a network gives, [n, 2 d]: both [n, d]."""
+    return tuple(jnp.split(outputs, 2, axis=-1))
+
+
+def _applied(models: Mapping[str, Model], params: PyTree) -> Networks:
+    return {name: partial(model.apply, params[name]) for name, model in models.items()}
