@@ -399,6 +399,7 @@ def test_tasks_at_a_time(monkeypatch):
         ("fomaml", {"body", "head"}),
         ("anil", {"head"}),
         ("boil", {"body"}),
+        ("context", {"context"}),
         ("meta_sgd", {"body", "head"}),
         ("maml++", {"body", "head", "step"}),
         ("meta_lstm", {"body", "head"}),
@@ -413,7 +414,7 @@ def test_what_a_method_adapts(method, moves):
     parts = set()
     for path, change in jax.tree.leaves_with_path(rule.update(ones, rule.init(ones), ones)[0]):
         name = jax.tree_util.keystr(path)
-        part = next(part for part in ("alpha", "step_sizes", "cell", "shift", "Conv3x3", "Dense_0", "step") if part in name)
+        part = next(part for part in ("context", "alpha", "step_sizes", "cell", "shift", "Conv3x3", "Dense_0", "step") if part in name)
         if np.any(change):
             parts.add({"Conv3x3": "body", "Dense_0": "head"}.get(part, part))
     assert parts == moves
