@@ -91,7 +91,7 @@ Method = Literal[
 ]
 
 MAML = ("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "meta_lstm")  # they learn to adapt
-# What of these is learned.
+# What they learn is more than the network of the options.
 MORE_THAN_A_NETWORK = ("context", "meta_sgd", "maml++", "meta_lstm", "siamese", "mann", "neural_statistician")
 TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
 
@@ -168,7 +168,8 @@ class Options(runner.Options):
     annealing: int | None = None
     """Meta-updates over which --meta-lr falls to a hundredth, along a cosine; by default it stays as it is."""
     context_channels: int = 1
-    """Further channels of the image, for the method of that name; chosen here, as the paper does not say."""
+    """Further channels of the image, for the method of that name; chosen here, as the paper does not say. Not for a
+    fully_connected network, whose normalisation takes away what all images have in common."""
     multi_step_updates: int = 5_000
     """MAML++: meta-updates during which the query loss after earlier steps counts too, less and less."""
     clip: float | None = None
@@ -180,8 +181,8 @@ class Options(runner.Options):
     meta-batch."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Arithmetic of products, where the device has others than float32; with bfloat16 that of the whole network, but for the
-    statistics of normalisation. Parameters, the loss and the optimiser are always float32. A run may go on with another one;
-    its results then name the last."""
+    statistics of normalisation and what mann and neural_statistician have above its features. Parameters, the loss and the
+    optimiser are always float32. A run may go on with another one; its results then name the last."""
     begin_with: Path | None = None
     """Another run's network to begin with, its best in validation: OUT/checkpoints/METHOD of a run with the same network, which
     may have learned from other images of that size, or with another number of ways or shots. An output layer of enough outputs
@@ -269,6 +270,11 @@ def check_methods(options: Options) -> None:
     """The step size is one that every method can have, and `--begin-with` is given only to what can begin so."""
     if "meta_lstm" in options.method and not options.inner_lr < 1:
         raise ValueError(f"--method meta_lstm needs an --inner-lr below 1, got {options.inner_lr}. Give 0.01, for example.")
+    if "context" in options.method and options.network == "fully_connected":
+        raise ValueError(
+            "--method context needs a --network with convolutions, got fully_connected: there a context adds the same to all "
+            "examples, which normalisation takes away."
+        )
     unable = (*MORE_THAN_A_NETWORK, "boil", "random")  # an output layer that stays zero would hide the features from boil
     others = [method for method in options.method if method in unable]
     if options.begin_with is not None and (others or options.seeds > 1):

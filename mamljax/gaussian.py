@@ -7,7 +7,7 @@ from jax import Array
 
 
 def from_noise(noise: Array, mean: Array, log_std: Array) -> Array:
-    """Turn standard normal noise [..., a] into actions [..., a]."""
+    """Turn standard normal noise [..., a] into samples [..., a]."""
     return mean + jnp.exp(jnp.broadcast_to(log_std, mean.shape)) * noise
 
 

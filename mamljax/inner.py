@@ -67,11 +67,12 @@ def adapt(
     path = [_with_axis(params)]
     carry = (params, rule.init(params))
     num_steps = len(jax.tree.leaves(data)[0])
-    if num_steps == 1 or (num_steps and unroll_first):
+    apart = num_steps == 1 or (num_steps > 1 and unroll_first)
+    if apart:
         carry, stepped = step(carry, jax.tree.map(lambda leaf: leaf[0], data))
         path.append(_with_axis(stepped))
         data = jax.tree.map(lambda leaf: leaf[1:], data)
-    if len(path) <= num_steps:  # `vmap` gives the carry of this loop a task axis from the start
+    if num_steps > int(apart):  # `vmap` gives the carry of this loop a task axis from the start
         carry, stepped = lax.scan(step, carry, data)
         path.append(stepped)
     return carry[0], jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *path)

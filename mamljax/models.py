@@ -172,6 +172,18 @@ def from_nnx(build: "Callable[[nnx.Rngs], nnx.Module]") -> Model:
     return Model(init, apply)
 
 
+def feature_size(features: Model, x: Array) -> int:
+    """How many features d a network makes of each example: [n, ...] -> [n, d].
+
+    Raises:
+        ValueError: they are not [n, d].
+    """
+    shape = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0)).shape
+    if len(shape) != 2:
+        raise ValueError(f"features must be [n, d], got {list(shape)}. Flatten them.")
+    return shape[1]
+
+
 def with_linear_head(features: Model, x: Array, outputs: int) -> Model:
     """Put a linear layer on features; the params are a dict of "features" and "head".
 
@@ -181,13 +193,11 @@ def with_linear_head(features: Model, x: Array, outputs: int) -> Model:
         outputs: of the linear layer.
     """
     check_count("outputs", outputs)
-    shapes = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0))
-    if shapes.ndim != 2:
-        raise ValueError(f"features must be [n, d], got {list(shapes.shape)}. Flatten them.")
+    size = feature_size(features, x)
 
     def init(key: Array) -> PyTree:
         body_key, head_key = jax.random.split(key)
-        kernel = linen.initializers.lecun_normal()(head_key, (shapes.shape[1], outputs))
+        kernel = linen.initializers.lecun_normal()(head_key, (size, outputs))
         return {"features": features.init(body_key), "head": {"kernel": kernel, "bias": jnp.zeros((1, outputs))}}
 
     def apply(params: PyTree, x: Array) -> Array:
@@ -200,7 +210,8 @@ def with_context(model: Model, shape: int | tuple[int, ...]) -> Model:
     """Give a network a context: parameters of its own that it sees beside every input.
 
     Adapted alone, by `rules.all_but("network", ...)`, they tell the network what a task is, and leave how it works as it is.
-    The paper compares MAML with that in its appendix.
+    The paper compares MAML with that in its appendix. Normalisation over the examples takes away what is the same for all of
+    them: in a network that has it the context must differ from place to place, as that of images does for convolutions.
 
     Args:
         model: a network of inputs [n, ..., d + c].
@@ -217,8 +228,8 @@ def with_context(model: Model, shape: int | tuple[int, ...]) -> Model:
     >>> params["context"].tolist(), model.apply(params, jnp.ones((5, 1))).shape
     ([0.0, 0.0, 0.0], (5, 2))
     """
-    shape = (shape,) if isinstance(shape, int) else shape
-    for size in shape:
+    shape = tuple(shape) if isinstance(shape, Sequence) else (shape,)
+    for size in shape or (0,):
         check_count("the size of a context", size)
 
     def init(key: Array) -> PyTree:

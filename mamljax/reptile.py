@@ -71,7 +71,7 @@ def reptile(
             return loss_fn(model.apply(params, batch.x), batch.y)
 
         batches = jax.tree.map(lambda leaf: leaf[in_turn], pooled)
-        adapted, _ = adapt(loss, params, batches, rule, differentiation="first_order")
+        adapted, _ = adapt(loss, params, batches, rule, differentiation="first_order", unroll_first=chunk_size != 1)
         return optax.tree.norm(optax.tree.sub(params, lax.stop_gradient(adapted)), squared=True) / 2
 
     def evaluate(key: Array, state: State, task: Task) -> Metrics:

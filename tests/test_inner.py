@@ -7,6 +7,8 @@ import optax
 import pytest
 
 from mamljax.inner import adapt
+from mamljax.maml import maml
+from mamljax.types import Examples, Model, Task
 
 MODES = ("mixed", "reverse", "first_order")
 EXACT = ("mixed", "reverse")
@@ -61,6 +63,34 @@ def test_the_first_step_is_the_same_in_the_loop_as_before_it(mode, steps):
 
     one, other = (jax.value_and_grad(last, has_aux=True)(params, unroll_first) for unroll_first in (True, False))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)
+
+
+@pytest.mark.parametrize(("unroll_first", "in_the_loop"), [(True, 3), (False, 4)])
+def test_how_many_steps_the_loop_has(unroll_first, in_the_loop):
+    steps = lambda params: adapt(quadratic, params, jnp.zeros((4, 2)), optax.sgd(0.1), unroll_first=unroll_first)  # noqa: E731
+    assert lengths_of_loops(jax.make_jaxpr(steps)(jnp.ones(2)).jaxpr) == {in_the_loop}
+
+
+@pytest.mark.parametrize(("chunk_size", "in_the_loop"), [(None, 3), (2, 3), (1, 4)])
+def test_tasks_taken_one_at_a_time_have_all_steps_in_the_loop(chunk_size, in_the_loop):
+    model = Model(lambda key: jnp.ones((1, 1)), lambda params, x: x @ params)
+    sizes = {"inner_steps": 4, "eval_steps": 1, "chunk_size": chunk_size}
+    learner = maml(model, lambda outputs, y: jnp.mean((outputs - y) ** 2), rule=0.1, tx=optax.sgd(0.1), **sizes)
+    tasks = Task(*[Examples(jnp.ones((2, 6, 1)), jnp.ones((2, 6, 1)))] * 2)
+    program = jax.make_jaxpr(learner.update)(jax.random.key(0), learner.init(jax.random.key(0)), tasks)
+    assert lengths_of_loops(program.jaxpr) - {2} == {in_the_loop}  # two chunks
+
+
+def lengths_of_loops(jaxpr):
+    """Of all loops in a program, those within others too."""
+    found = set()
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "scan":
+            found.add(equation.params["length"])
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                found |= lengths_of_loops(getattr(inner, "jaxpr", inner))
+    return found
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def test_a_context_stands_beside_every_input():
     np.testing.assert_array_equal(model.apply(params, x), network.apply(params["network"], beside))
     whole = model.apply(params | {"context": jnp.array([0.5, 0.25, -1.5])}, jnp.ones((1, 2), jnp.int32))
     np.testing.assert_array_equal(whole, network.apply(params["network"], jnp.array([[1, 1, 0.5, 0.25, -1.5]])))
-    for shape in (0, (4, 4, 0)):
+    assert with_context(network, np.int64(3)).init(jax.random.key(0))["context"].shape == (3,)
+    for shape in (0, (4, 4, 0), ()):
         with pytest.raises(ValueError, match="the size of a context must be a whole number of at least 1, got 0"):
             with_context(network, shape)
 

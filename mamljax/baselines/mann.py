@@ -12,6 +12,7 @@ from jax import Array, lax
 from mamljax.baselines.meta_lstm import lstm
 from mamljax.baselines.metric_learning import cosine_similarity, evaluation
 from mamljax.checks import check_count, check_task
+from mamljax.models import feature_size
 from mamljax.outer import meta_learner
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
@@ -51,7 +52,8 @@ def mann(
 
     Differs from the paper: an example comes with its own label, where theirs comes with the next example, from which it took
     far longer to learn; the LSTM sees features that are learned with it, not pixels; the sharpness of reading is learned, as in
-    neural Turing machines, where theirs is 1; the loss is that of the query examples, not of all steps of a longer sequence.
+    neural Turing machines, where theirs is 1; each head writes to one least used slot, of which theirs share as many as there
+    are heads; the loss is that of the query examples, not of all steps of a longer sequence.
 
     Args:
         features: [n, ...] -> [n, f].
@@ -76,9 +78,8 @@ def mann(
         check_count(name, count)
     if slots < heads:
         raise ValueError(f"a memory must have as many slots as heads, {heads}, got {slots}.")
-    seen = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0)).shape[-1]
     layers = {  # inputs and outputs
-        "lstm": (seen + ways + heads * width + hidden, 4 * hidden),
+        "lstm": (feature_size(features, x) + ways + heads * width + hidden, 4 * hidden),
         "heads": (hidden, heads * (width + 2)),
         "output": (hidden + heads * width, ways),
     }
@@ -103,7 +104,6 @@ def mann(
         return jax.vmap(partial(answer, params, state))(shown[size:])
 
     def task_loss(params: PyTree, task: Task) -> Array:
-        check_task(task)
         return loss_fn(compare(params, task), task.query.y)
 
     scores = evaluation(compare, loss_fn, metric_fns)
@@ -142,6 +142,7 @@ def answer(params: PyTree, state: Controller, query: Array) -> Array:
 
 
 def _in_random_order(key: Array, params: PyTree, task: Task) -> Task:
+    check_task(task)
     order = jax.random.permutation(key, len(task.support.y))
     return task._replace(support=jax.tree.map(lambda leaf: leaf[order], task.support))
 

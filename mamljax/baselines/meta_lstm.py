@@ -102,7 +102,7 @@ def seen(slope: Array) -> Array:
 def lstm(kernel: Array, bias: Array, inputs: Array, memory: Array) -> tuple[Array, Array]:
     """One step of an LSTM: its inputs and last outputs [..., d + h], its memory [..., h] -> outputs and memory [..., h].
 
-    The kernel is [d + h, 4 h].
+    The kernel is [d + h, 4 h], the bias [4 h] or [1, 4 h].
     """
     take, keep, show, new = jnp.split(inputs @ kernel + bias, 4, axis=-1)
     memory = jax.nn.sigmoid(keep) * memory + jax.nn.sigmoid(take) * jnp.tanh(new)

@@ -12,7 +12,7 @@ from jax import Array
 from mamljax.baselines.metric_learning import evaluation
 from mamljax.checks import check_count, check_task
 from mamljax.gaussian import from_noise, kl_divergence
-from mamljax.models import mlp
+from mamljax.models import feature_size, mlp
 from mamljax.outer import meta_learner
 from mamljax.types import LossFn, MetaLearner, Model, PyTree, Task
 
@@ -20,10 +20,12 @@ Networks = Mapping[str, Callable[[Array], Array]]
 
 
 class Noise(NamedTuple):
-    """Standard normal numbers, of which samples of the approximate posteriors are made."""
+    """The random numbers in the loss of a task: standard normal ones, of which samples are made, and uniform ones."""
 
     context: Array  # [N, c]
     latent: Array  # [n, z]
+    rank: Array  # [n]: examples of a class that are below a part of its highest are left out of D
+    part: Array  # [N]
 
 
 def neural_statistician(
@@ -48,11 +50,13 @@ def neural_statistician(
 
     $$E_q \left[ \sum_{x \in D} \log p(x | z, c) - KL(q(z | x, c) \| p(z | c)) \right] - KL(q(c | D) \| N(0, 1))$$
 
-    it learns to make them more likely; of the labels it learns no more than which examples belong together. In evaluation the
-    logit of a class with support examples $D$ is $-KL(q(c | D) \| q(c | x))$.
+    it learns to make them more likely; of the labels it learns no more than which examples belong together. For $q(c | D)$ it
+    sees some of a set, 1 or more at random, so that it learns of small sets as well. In evaluation the logit of a class with
+    support examples $D$ is $-KL(q(c | D) \| q(c | x))$.
 
     Differs from the paper: the networks above the features are fully connected, with one hidden layer each, and so is that of
-    the pixels.
+    the pixels; the features, where they are normalised, are so by all examples of a task; the terms of the bound have the same
+    weights all the time.
 
     Args:
         features: [n, ...] -> [n, f].
@@ -76,7 +80,7 @@ def neural_statistician(
     sizes = {"ways": ways, "context_size": context_size, "latent_size": latent_size, "hidden": hidden}
     for name, count in sizes.items():
         check_count(name, count)
-    seen = jax.eval_shape(lambda key: features.apply(features.init(key), x), jax.random.key(0)).shape[-1]
+    seen = feature_size(features, x)
     models = {
         "features": features,
         "statistic": mlp(seen, (hidden,), hidden),  # of an example, to be averaged over a set
@@ -90,14 +94,13 @@ def neural_statistician(
         return {name: model.init(key) for (name, model), key in zip(models.items(), jax.random.split(key, 6), strict=True)}
 
     def draw_noise(key: Array, params: PyTree, task: Task) -> tuple[Task, Noise]:
-        context_key, latent_key = jax.random.split(key)
-        number = len(task.support.y) + len(task.query.y)
-        shapes = (context_key, (ways, context_size)), (latent_key, (number, latent_size))
-        return task, Noise(*(jax.random.normal(key, shape) for key, shape in shapes))
+        check_task(task)
+        keys, number = jax.random.split(key, 4), len(task.support.y) + len(task.query.y)
+        samples = map(jax.random.normal, keys[:2], ((ways, context_size), (number, latent_size)))
+        return task, Noise(*samples, *map(jax.random.uniform, keys[2:], ((number,), (ways,))))
 
     def task_loss(params: PyTree, task_and_noise: tuple[Task, Noise]) -> Array:
         task, noise = task_and_noise
-        check_task(task)
         images, labels = (jnp.concatenate(both) for both in zip(task.support, task.query, strict=True))
         return negative_bound(_applied(models, params), images, jax.nn.one_hot(labels, ways), noise)
 
@@ -115,7 +118,8 @@ def neural_statistician(
 def negative_bound(network: Networks, images: Array, members: Array, noise: Noise) -> Array:
     """The negative evidence lower bound, in nats per example, of images [n, ...] whose classes [n, N] are 1."""
     vectors = network["features"](images)
-    posterior = contexts(network, vectors, members.T)
+    rank = members * noise.rank[:, None]
+    posterior = contexts(network, vectors, (members * (rank >= noise.part[None] * rank.max(0, keepdims=True))).T)
     context = members @ from_noise(noise.context, *posterior)  # [n, c], that of the class of each
     of_latent = _normal(network["latent"](jnp.concatenate([vectors, context], axis=1)))
     latent = from_noise(noise.latent, *of_latent)
@@ -129,7 +133,7 @@ def negative_bound(network: Networks, images: Array, members: Array, noise: Nois
 def contexts(network: Networks, vectors: Array, members: Array) -> tuple[Array, Array]:
     """q(c | D) for m sets of the features [n, f], whose members [m, n] are 1: its mean and log-std, [m, c]."""
     each = jax.nn.relu(network["statistic"](vectors))
-    return _normal(network["context"](members @ each / members.sum(1, keepdims=True)))
+    return _normal(network["context"](members @ each / jnp.maximum(members.sum(1, keepdims=True), 1)))
 
 
 def _normal(outputs: Array) -> tuple[Array, Array]:

@@ -92,6 +92,23 @@ def test_the_order_of_the_support_set_is_drawn():
     assert len(losses) == 2
 
 
+def test_malformed_tasks_are_refused():
+    learner = build()
+    state, good = learner.init(jax.random.key(0)), Examples(jnp.zeros((2, 4)), jnp.arange(2))
+    task = Task(Examples(jnp.zeros((3, 4)), jnp.arange(2)), good)
+    for call in (
+        learner.evaluate,
+        lambda key, state, task: learner.update(key, state, jax.tree.map(lambda leaf: leaf[None], task)),
+    ):
+        with pytest.raises(ValueError, match="x and y of the support set must have one length"):
+            call(jax.random.key(1), state, task)
+
+
+def test_features_are_flat():
+    with pytest.raises(ValueError, match=r"features must be \[n, d\], got \[1, 2, 2\]. Flatten them"):
+        mann(IDENTITY, jnp.zeros((1, 2, 2)), cross_entropy, **SIZES)
+
+
 def test_bad_sizes():
     for name in ("ways", "hidden", "slots", "width", "heads"):
         with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):

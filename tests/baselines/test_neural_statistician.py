@@ -1,13 +1,16 @@
 """The neural statistician: its bound and its logits by hand, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from mamljax.baselines.neural_statistician import neural_statistician
+from mamljax.baselines.neural_statistician import Noise, negative_bound, neural_statistician
 from mamljax.losses import cross_entropy
+from mamljax.models import mlp
 from mamljax.types import Examples, Model, Task
 
 WAYS, CONTEXT, LATENT, HIDDEN, PIXELS = 2, 3, 2, 5, 4
@@ -16,6 +19,15 @@ IDENTITY = Model(lambda key: {"none": jnp.zeros(())}, lambda params, x: x)
 SIZES = {"ways": WAYS, "context_size": CONTEXT, "latent_size": LATENT, "hidden": HIDDEN, "tx": optax.sgd(0.1)}
 IMAGES = jax.random.uniform(jax.random.key(1), (6, PIXELS))
 TASK = Task(Examples(IMAGES[:3], jnp.array([0, 1, 1])), Examples(IMAGES[3:], jnp.array([1, 0, 0])))
+
+MODELS = {
+    "features": IDENTITY,
+    "statistic": mlp(PIXELS, (HIDDEN,), HIDDEN),
+    "context": mlp(HIDDEN, (HIDDEN,), 2 * CONTEXT),
+    "prior": mlp(CONTEXT, (HIDDEN,), 2 * LATENT),
+    "latent": mlp(PIXELS + CONTEXT, (HIDDEN,), 2 * LATENT),
+    "pixels": mlp(LATENT + CONTEXT, (HIDDEN,), PIXELS),
+}
 
 
 def build(loss_fn=cross_entropy, **changes):
@@ -56,24 +68,61 @@ def test_the_bound_by_hand():
     np.testing.assert_allclose(loss_of(TASK, **networks), errors + of_class + of_latent, rtol=1e-4)
 
 
-def test_unlabelled_examples_do_not_count():
-    unlabelled = TASK._replace(query=Examples(IMAGES[jnp.array([0, 1, 3, 4, 5])], jnp.array([-1, -1, 1, 0, 0])))
-    np.testing.assert_allclose(loss_of(unlabelled, pixels=[0.7] * PIXELS), loss_of(TASK, pixels=[0.7] * PIXELS), rtol=1e-6)
+def noise_of(size):
+    """Of the first class all examples are seen, of the second those with the two highest numbers."""
+    rng = np.random.default_rng(2)
+    rank = np.array([0.6, 0.1, 0.9, 0.5, 0.7, 0.8, *[0.99] * (size - 6)])
+    return Noise(rng.normal(size=(WAYS, CONTEXT)), rng.normal(size=(size, LATENT)), rank, np.array([0.2, 0.5]))
+
+
+def dense(layer, x):
+    return x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
+
+
+def apply_mlp(params, name, x):
+    return dense(params[name]["Dense_1"], np.maximum(dense(params[name]["Dense_0"], x), 0))
+
+
+def bound_by_numpy(params, images, labels, noise):
+    """One example and one class at a time; `seen` are those that the context comes from."""
+    total, labels = 0.0, np.asarray(labels)
+    for label in range(WAYS):
+        of_class = np.flatnonzero(labels == label)
+        seen = [i for i in of_class if noise.rank[i] >= noise.part[label] * noise.rank[of_class].max()]
+        pooled = np.mean([np.maximum(apply_mlp(params, "statistic", images[i]), 0) for i in seen], axis=0)
+        posterior = apply_mlp(params, "context", pooled)
+        context = posterior[:CONTEXT] + np.exp(posterior[CONTEXT:]) * noise.context[label]
+        total += sum(kl(mean, log_std, 0, 0) for mean, log_std in posterior.reshape(2, -1).T)
+        prior = apply_mlp(params, "prior", context)
+        for i in of_class:
+            latent = apply_mlp(params, "latent", np.append(images[i], context))
+            z = latent[:LATENT] + np.exp(latent[LATENT:]) * noise.latent[i]
+            p = 1 / (1 + np.exp(-apply_mlp(params, "pixels", np.append(z, context))))
+            total -= (images[i] * np.log(p) + (1 - images[i]) * np.log(1 - p)).sum()
+            total += sum(map(kl, latent[:LATENT], latent[LATENT:], prior[:LATENT], prior[LATENT:]))
+    return total / (labels >= 0).sum()
+
+
+@pytest.mark.parametrize("unlabelled", [0, 2])
+def test_the_bound_by_numpy(unlabelled):
+    """With networks that see their inputs; images without a label are nowhere in it."""
+    learner, others = build(), jax.random.uniform(jax.random.key(3), (unlabelled, PIXELS))
+    params = jax.tree.map(lambda leaf: 1.5 * leaf + 0.1, learner.init(KEY).params)
+    images, labels = np.concatenate([IMAGES, others]), jnp.array([0, 1, 1, 1, 0, 0, *[-1] * unlabelled])
+    noise = noise_of(len(labels))
+    expected = bound_by_numpy(jax.tree.map(np.float64, params), images, labels, noise)
+    network = {name: functools.partial(model.apply, params[name]) for name, model in MODELS.items()}
+    found = negative_bound(network, jnp.asarray(images), jax.nn.one_hot(labels, WAYS), jax.tree.map(jnp.float32, noise))
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_logits_by_hand():
     """Divergences from the context of a class, by the mean of its examples, to that of each query example alone."""
     params = build().init(KEY).params
 
-    def dense(layer, x):
-        return x @ np.asarray(layer["kernel"]) + np.asarray(layer["bias"])
-
-    def mlp(name, x):
-        return dense(params[name]["Dense_1"], np.maximum(dense(params[name]["Dense_0"], x), 0))
-
-    each = np.maximum(mlp("statistic", np.asarray(IMAGES)), 0)
-    classes = mlp("context", np.stack([each[0], each[1:3].mean(0)]))
-    queries = mlp("context", each[3:])
+    each = np.maximum(apply_mlp(params, "statistic", np.asarray(IMAGES)), 0)
+    classes = apply_mlp(params, "context", np.stack([each[0], each[1:3].mean(0)]))
+    queries = apply_mlp(params, "context", each[3:])
     expected = [
         [-sum(map(kl, a[:CONTEXT], a[CONTEXT:], b[:CONTEXT], b[CONTEXT:])) for a in classes.astype(np.float64)]
         for b in queries.astype(np.float64)
@@ -88,6 +137,15 @@ def test_samples_differ_from_key_to_key():
     state = learner.init(KEY)
     losses = {float(learner.update(key, state, tasks)[1]["loss"]) for key in jax.random.split(KEY, 3)}
     assert len(losses) == 3
+
+
+def test_malformed_tasks_are_refused():
+    learner = build()
+    state = learner.init(KEY)
+    with pytest.raises(ValueError, match="x and y of the support set must have one length"):
+        learner.update(
+            KEY, state, jax.tree.map(lambda leaf: leaf[None], TASK._replace(support=Examples(IMAGES, jnp.arange(2))))
+        )
 
 
 @pytest.mark.parametrize("name", ["ways", "context_size", "latent_size", "hidden"])

@@ -285,6 +285,7 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--method", "maml", "meta_lstm", "--inner-lr", 2], "--method meta_lstm needs an --inner-lr below 1, got 2.0"),
+        (["--method", "context"], "--method context needs a --network with convolutions, got fully_connected"),
         (["--begin-with", "nowhere"], "nowhere holds no training run of few_shot.py. One is in OUT/checkpoints/METHOD"),
         (
             ["--begin-with", "nowhere", "--method", "random"],
@@ -414,7 +415,9 @@ def test_what_a_method_adapts(method, moves):
     parts = set()
     for path, change in jax.tree.leaves_with_path(rule.update(ones, rule.init(ones), ones)[0]):
         name = jax.tree_util.keystr(path)
-        part = next(part for part in ("context", "alpha", "step_sizes", "cell", "shift", "Conv3x3", "Dense_0", "step") if part in name)
+        part = next(
+            part for part in ("context", "alpha", "step_sizes", "cell", "shift", "Conv3x3", "Dense_0", "step") if part in name
+        )
         if np.any(change):
             parts.add({"Conv3x3": "body", "Dense_0": "head"}.get(part, part))
     assert parts == moves
