@@ -97,8 +97,8 @@ def bound_by_numpy(params, images, labels, noise):
         for i in of_class:
             latent = apply_mlp(params, "latent", np.append(images[i], context))
             z = latent[:LATENT] + np.exp(latent[LATENT:]) * noise.latent[i]
-            p = 1 / (1 + np.exp(-apply_mlp(params, "pixels", np.append(z, context))))
-            total -= (images[i] * np.log(p) + (1 - images[i]) * np.log(1 - p)).sum()
+            logits = apply_mlp(params, "pixels", np.append(z, context))
+            total += (images[i] * np.logaddexp(0, -logits) + (1 - images[i]) * np.logaddexp(0, logits)).sum()
             total += sum(map(kl, latent[:LATENT], latent[LATENT:], prior[:LATENT], prior[LATENT:]))
     return total / (labels >= 0).sum()
 
@@ -107,7 +107,7 @@ def bound_by_numpy(params, images, labels, noise):
 def test_the_bound_by_numpy(unlabelled):
     """With networks that see their inputs; images without a label are nowhere in it."""
     learner, others = build(), jax.random.uniform(jax.random.key(3), (unlabelled, PIXELS))
-    params = jax.tree.map(lambda leaf: 1.5 * leaf + 0.1, learner.init(KEY).params)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, learner.init(KEY).params)
     images, labels = np.concatenate([IMAGES, others]), jnp.array([0, 1, 1, 1, 0, 0, *[-1] * unlabelled])
     noise = noise_of(len(labels))
     expected = bound_by_numpy(jax.tree.map(np.float64, params), images, labels, noise)
