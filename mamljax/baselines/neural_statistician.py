@@ -20,12 +20,10 @@ Networks = Mapping[str, Callable[[Array], Array]]
 
 
 class Noise(NamedTuple):
-    """The random numbers in the loss of a task: standard normal ones, of which samples are made, and uniform ones."""
+    """Standard normal numbers, of which samples of the approximate posteriors are made."""
 
     context: Array  # [N, c]
     latent: Array  # [n, z]
-    rank: Array  # [n]: examples of a class that are below a part of its highest are left out of D
-    part: Array  # [N]
 
 
 def neural_statistician(
@@ -50,13 +48,12 @@ def neural_statistician(
 
     $$E_q \left[ \sum_{x \in D} \log p(x | z, c) - KL(q(z | x, c) \| p(z | c)) \right] - KL(q(c | D) \| N(0, 1))$$
 
-    it learns to make them more likely; of the labels it learns no more than which examples belong together. For $q(c | D)$ it
-    sees some of a set, 1 or more at random, so that it learns of small sets as well. In evaluation the logit of a class with
-    support examples $D$ is $-KL(q(c | D) \| q(c | x))$.
+    it learns to make them more likely; of the labels it learns no more than which examples belong together. In evaluation the
+    logit of a class with support examples $D$ is $-KL(q(c | D) \| q(c | x))$.
 
     Differs from the paper: the networks above the features are fully connected, with one hidden layer each, and so is that of
-    the pixels; the features, where they are normalised, are so by all examples of a task; the terms of the bound have the same
-    weights all the time.
+    the pixels; the features, where they are normalised, are so by all examples of a task; no examples are left out of $D$ at
+    random; the terms of the bound have the same weights all the time.
 
     Args:
         features: [n, ...] -> [n, f].
@@ -95,9 +92,9 @@ def neural_statistician(
 
     def draw_noise(key: Array, params: PyTree, task: Task) -> tuple[Task, Noise]:
         check_task(task)
-        keys, number = jax.random.split(key, 4), len(task.support.y) + len(task.query.y)
-        samples = map(jax.random.normal, keys[:2], ((ways, context_size), (number, latent_size)))
-        return task, Noise(*samples, *map(jax.random.uniform, keys[2:], ((number,), (ways,))))
+        number = len(task.support.y) + len(task.query.y)
+        shapes = (ways, context_size), (number, latent_size)
+        return task, Noise(*map(jax.random.normal, jax.random.split(key), shapes))
 
     def task_loss(params: PyTree, task_and_noise: tuple[Task, Noise]) -> Array:
         task, noise = task_and_noise
@@ -118,8 +115,7 @@ def neural_statistician(
 def negative_bound(network: Networks, images: Array, members: Array, noise: Noise) -> Array:
     """The negative evidence lower bound, in nats per example, of images [n, ...] whose classes [n, N] are 1."""
     vectors = network["features"](images)
-    rank = members * noise.rank[:, None]
-    posterior = contexts(network, vectors, (members * (rank >= noise.part[None] * rank.max(0, keepdims=True))).T)
+    posterior = contexts(network, vectors, members.T)
     context = members @ from_noise(noise.context, *posterior)  # [n, c], that of the class of each
     of_latent = _normal(network["latent"](jnp.concatenate([vectors, context], axis=1)))
     latent = from_noise(noise.latent, *of_latent)
