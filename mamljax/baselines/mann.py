@@ -50,8 +50,8 @@ def mann(
     sees the features and the label of each, none with a query, and what it read last; see `see`. The logits are linear in its
     output and in what it reads then.
 
-    Differs from the paper: an example comes with its own label, where theirs comes with the next example, from which it took
-    far longer to learn; the LSTM sees features that are learned with it, not pixels; the sharpness of reading is learned, as in
+    Differs from the paper: an example comes with its own label, where theirs comes with the next example, an order in
+    which it was slower to begin to learn; the LSTM sees features that are learned with it, not pixels; the sharpness of reading is learned, as in
     neural Turing machines, where theirs is 1; each head writes to one least used slot, of which theirs share as many as there
     are heads; the loss is that of the query examples, not of all steps of a longer sequence.
 

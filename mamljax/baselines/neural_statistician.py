@@ -42,9 +42,8 @@ def neural_statistician(
     r"""The neural statistician (Edwards & Storkey 2017, arXiv 1606.02185, sections 3 and 4).
 
     A class has a context $c \sim N(0, 1)$, each of its examples a latent variable $z \sim p(z | c)$, and each of their pixels
-    is 1 with a probability that $p(x | z, c)$ gives. $q(c | D)$ is what a network makes of a set $D$ of
-    examples, by the mean over them, and $q(z | x, c)$ what another makes of one; all but pixels are distributed normally, each
-    dimension for itself. The examples of each class of a task, support and query, are a set, and by the evidence lower bound
+    is 1 with a probability that $p(x | z, c)$ gives. $q(c | D)$ is what a network makes of a set $D$ of examples, by the mean
+    over them, and $q(z | x, c)$ what another makes of one; all but pixels are distributed normally, each dimension for itself. The examples of each class of a task, support and query, are a set, and by the evidence lower bound
 
     $$E_q \left[ \sum_{x \in D} \log p(x | z, c) - KL(q(z | x, c) \| p(z | c)) \right] - KL(q(c | D) \| N(0, 1))$$
 
@@ -88,7 +87,8 @@ def neural_statistician(
     }
 
     def init(key: Array) -> PyTree:
-        return {name: model.init(key) for (name, model), key in zip(models.items(), jax.random.split(key, 6), strict=True)}
+        keys = jax.random.split(key, len(models))
+        return {name: model.init(key) for (name, model), key in zip(models.items(), keys, strict=True)}
 
     def draw_noise(key: Array, params: PyTree, task: Task) -> tuple[Task, Noise]:
         check_task(task)
