@@ -50,10 +50,10 @@ def mann(
     sees the features and the label of each, none with a query, and what it read last; see `see`. The logits are linear in its
     output and in what it reads then.
 
-    Differs from the paper: an example comes with its own label, where theirs comes with the next example, an order in
-    which it was slower to begin to learn; the LSTM sees features that are learned with it, not pixels; the sharpness of reading is learned, as in
-    neural Turing machines, where theirs is 1; each head writes to one least used slot, of which theirs share as many as there
-    are heads; the loss is that of the query examples, not of all steps of a longer sequence.
+    Differs from the paper: an example comes with its own label, where theirs comes with the next example, an order in which it
+    was slower to begin to learn; the LSTM sees features that are learned with it, not pixels; the sharpness of reading is
+    learned, as in neural Turing machines, where theirs is 1; each head writes to one least used slot, of which theirs share as
+    many as there are heads; the loss is that of the query examples, not of all steps of a longer sequence.
 
     Args:
         features: [n, ...] -> [n, f].

@@ -43,7 +43,8 @@ def neural_statistician(
 
     A class has a context $c \sim N(0, 1)$, each of its examples a latent variable $z \sim p(z | c)$, and each of their pixels
     is 1 with a probability that $p(x | z, c)$ gives. $q(c | D)$ is what a network makes of a set $D$ of examples, by the mean
-    over them, and $q(z | x, c)$ what another makes of one; all but pixels are distributed normally, each dimension for itself. The examples of each class of a task, support and query, are a set, and by the evidence lower bound
+    over them, and $q(z | x, c)$ what another makes of one; all but pixels are distributed normally, each dimension for itself.
+    The examples of each class of a task, support and query, are a set, and by the evidence lower bound
 
     $$E_q \left[ \sum_{x \in D} \log p(x | z, c) - KL(q(z | x, c) \| p(z | c)) \right] - KL(q(c | D) \| N(0, 1))$$
 
