@@ -60,7 +60,7 @@ def execute(options: Options, run: runner.Run) -> None:
         states, num_updates = train(method, options, data, run, begun_with)
         if num_updates == 0 and options.steps and method in run.results:  # time ran out before
             continue
-        with run.sharing():
+        with run.evaluating(method, eval_tasks(options)):
             lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
             learner = build_learner(method, options, data.num_classes, eval_steps=options.eval_steps, rule=lr)
             sizes = {"num_tasks": eval_tasks(options), "batch_size": runner.tasks_at_a_time(options, at_least=40)}

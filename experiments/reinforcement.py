@@ -130,8 +130,9 @@ def run_methods(
     for method in options.method:
         states, num_updates = train(method, options, run, env)
         if num_updates > 0 or method == "random":  # else time ran out before
-            lr = tuned_lr(method, options, env, states) if method in TUNED else options.inner_lr
-            metrics = measure(method, options, env, states, lr, seed=TEST_SEED)
+            with run.evaluating(method, options.eval_tasks):
+                lr = tuned_lr(method, options, env, states) if method in TUNED else options.inner_lr
+                metrics = measure(method, options, env, states, lr, seed=TEST_SEED)
             effort = run.effort(method, best=True)
             trained[method] = Trained(states, effort, lr, *(np.asarray(metrics[name]) for name in METRICS))
     fields = {"setting": setting, "protocol": protocol, "source": source, "tasks": options.eval_tasks}
@@ -218,8 +219,8 @@ def _measure(states: State, lr: Array, key: Array, *, method: Method, options: O
 def tuned_lr(method: Method, options: Options, env: Environment, states: State) -> float:
     """The step size of fine-tuning with the highest return on tasks of its own, over all steps and seeds."""
     measured = (measure(method, options, env, states, lr, seed=TUNING_SEED) for lr in options.tuning_lrs)
-    returns = [metrics["return"][..., 1:].mean() for metrics in measured]
-    return options.tuning_lrs[int(jnp.nanargmax(jnp.array(returns)))]
+    returns = [np.asarray(metrics["return"])[..., 1:].mean() for metrics in measured]  # on the host, from all devices
+    return options.tuning_lrs[int(np.nanargmax(returns))]
 
 
 def rows_of(

@@ -128,8 +128,11 @@ class Run:
         self.results[method] = result
         return result
 
-    def sharing(self) -> contextlib.AbstractContextManager:
-        """Within this context `evaluate` divides its tasks among the devices of this process; several processes each do all."""
+    def evaluating(self, method: str, num_tasks: int) -> contextlib.AbstractContextManager:
+        """Say that it begins, as it may take minutes. Within this context `evaluate` divides its tasks among the devices of
+        this process; several processes each do all."""
+        if is_first_host():
+            print(f"{method}: evaluation on {num_tasks:,} test tasks", file=sys.stderr)
         return on(self.mesh if jax.process_count() == 1 else None)
 
     def directory(self, method: str) -> Path:
@@ -206,7 +209,7 @@ def main(
     """
     options = parse(presets, sys.argv[1:] if argv is None else argv)
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(cache / "mamljax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long as well

@@ -1,13 +1,14 @@
 """Checks of what users pass in: each raises one error that says what was given, what was expected and what to do."""
 
 import numbers
+import warnings
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mamljax.types import PyTree, Task
+from mamljax.types import PyTree, SampleFn, Task
 
 
 def check_count(name: str, value: int, hint: str = "", *, minimum: int = 1) -> None:
@@ -36,6 +37,27 @@ def scalar(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
         return loss
 
     return checked
+
+
+def leading_length(data: PyTree) -> int:
+    """The length of the leading axis, which all leaves of `data` must have alike; else `ValueError`."""
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(data)]
+    lengths = {shape[:1] for shape in shapes}
+    if len(lengths) != 1 or lengths == {()}:
+        raise ValueError(f"data needs arrays with one leading axis in common, an entry for each step; got shapes {shapes}.")
+    return shapes[0][0]
+
+
+def warn_of_constant_tasks(sample: SampleFn, key: Array) -> None:
+    """Warn of a sampler that makes nothing of its key: what it draws by other means is drawn once, while JAX traces it."""
+    jaxpr = jax.make_jaxpr(sample)(key).jaxpr
+    used = [*jaxpr.outvars, *(variable for equation in jaxpr.eqns for variable in equation.invars)]
+    if not any(variable is jaxpr.invars[0] for variable in used):
+        warnings.warn(
+            "the sampler does not use its key, so that all tasks are the same. Draw them from the key with jax.random: what "
+            "NumPy or Python draws is drawn once, while JAX traces the sampler.",
+            stacklevel=2,
+        )
 
 
 def check_task(task: Task) -> None:

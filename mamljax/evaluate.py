@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from mamljax.checks import check_count
+from mamljax.checks import check_count, warn_of_constant_tasks
 from mamljax.devices import divide, num_shares
 from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_argument
 
@@ -60,6 +60,7 @@ def _evaluate(state: State, key: Array, sample: SampleFn, *, learner: MetaLearne
         # One alone, not a batch of one, whose products take longer.
         return lax.map(functools.partial(one_task, *common), keys, batch_size=None if batch_size == 1 else batch_size)
 
+    warn_of_constant_tasks(sample, key)
     keys = jax.random.split(key, num_tasks)
     filled = keys[jnp.arange(num_tasks + -num_tasks % num_shares()) % num_tasks]  # to a multiple of the devices
     return jax.tree.map(lambda leaf: leaf[:num_tasks], divide(share, (state, sample), filled))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax.checks import check_params, scalar
+from mamljax.checks import check_params, leading_length, scalar
 from mamljax.mixed import mixed_mode_gradient
 from mamljax.types import PyTree
 
@@ -48,8 +48,8 @@ def adapt(
         The parameters after the last step, and those before and after each step, every leaf with leading axis [S + 1].
 
     Raises:
-        ValueError: `params` holds other than floating-point leaves, `loss_fn` returns no scalar, or
-            `differentiation` is unknown.
+        ValueError: `params` holds other than floating-point leaves, `loss_fn` returns no scalar, entries of `data` are not
+            equally many, or `differentiation` is unknown.
 
     >>> final, path = adapt(lambda p, d: (p - d) ** 2, jnp.float32(0.0), jnp.ones(2), optax.sgd(0.25))
     >>> path.tolist()
@@ -66,7 +66,7 @@ def adapt(
 
     path = [_with_axis(params)]
     carry = (params, rule.init(params))
-    num_steps = len(jax.tree.leaves(data)[0])
+    num_steps = leading_length(data)
     apart = num_steps == 1 or (num_steps > 1 and unroll_first)
     if apart:
         carry, stepped = step(carry, jax.tree.map(lambda leaf: leaf[0], data))

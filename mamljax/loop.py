@@ -8,9 +8,11 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from mamljax.checks import warn_of_constant_tasks
 from mamljax.devices import BY_TASK, EVERYWHERE, divide, host, place
 from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_argument
 
+LOGGED = ("update", "seconds", "validation_error")  # what a line of the log has beside the metrics
 DRAWN_AHEAD = 2**18  # bytes of tasks at most; larger ones are drawn for one meta-update at a time
 
 
@@ -28,6 +30,7 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_s
         return jax.vmap(jax.vmap(sample))(keys)
 
     def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
+        warn_of_constant_tasks(sample, key)
         tasks = jax.eval_shape(jax.vmap(sample), jax.random.split(key, num_tasks))
         ahead = _num_drawn_ahead(tasks, length)
         log = _empty_log(jax.eval_shape(update_state, key, state, tasks)[1], length)
@@ -62,6 +65,8 @@ def _empty_log(shapes: Metrics, length: int) -> Metrics:
     for name, value in shapes.items():
         if value.shape != ():
             raise ValueError(f"the metrics of an update must be scalars, got {name} of shape {value.shape}. Take its mean.")
+        if name in LOGGED:
+            raise ValueError(f"the log has {', '.join(LOGGED)} already, got a metric called {name!r}. Choose another name.")
     return {name: jnp.zeros(length, value.dtype) for name, value in shapes.items()}
 
 

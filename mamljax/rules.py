@@ -22,7 +22,8 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
     """Make an inner rule of a step size, or check that a transformation has finite meta-gradients.
 
     Args:
-        rule: a step size, which stands for gradient descent, or any Optax transformation.
+        rule: a step size, which stands for gradient descent, or any Optax transformation. Under `vmap` or `jit` over step
+            sizes they are not checked.
         params: arrays, or their shapes, of the parameters to adapt.
         differentiable: whether meta-gradients will pass through the rule.
 
@@ -30,12 +31,12 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
         An Optax transformation.
 
     Raises:
-        ValueError: the step size is not positive and finite; `params` holds other than floating-point leaves; the rule needs
-            more than gradients and parameters; its derivative is not finite, in one of its first steps, where an entry of the
-            gradient is zero, as dead ReLUs have it (Adam with `eps_root=0`).
+        ValueError: the step size is not positive and finite; `params` holds other than floating-point leaves; the rule
+            needs more than gradients and parameters, or other parameters; its derivative is not finite, in one of its first
+            steps, where an entry of the gradient is zero, as dead ReLUs have it (Adam with `eps_root=0`).
     """
     check_params(params)
-    if isinstance(rule, numbers.Real) or (isinstance(rule, Array) and not isinstance(rule, Tracer) and rule.ndim == 0):
+    if _is_number(rule):
         check_step_size(rule)
         return optax.sgd(rule)
     if not isinstance(rule, optax.GradientTransformation):
@@ -58,10 +59,16 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
         if not differentiable:
             jax.eval_shape(total_update, gradient, ones)
             return rule
-        derivative = jax.device_get(jax.jit(jax.grad(total_update))(gradient, ones))
+        derivative = jax.tree.leaves(jax.jit(jax.grad(total_update))(gradient, ones))
     except (AttributeError, TypeError) as error:
         raise ValueError(f"an inner rule gets gradients and parameters alone, and this one needs more: {error}") from error
-    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(derivative)):
+    except LookupError as error:
+        raise ValueError(
+            f"the inner rule looks for {error} in the parameters, and there is none. A learned rule goes with the model that "
+            "was returned with it: pass both."
+        ) from error
+    # Of a traced step size nothing can be known.
+    if not all(isinstance(leaf, Tracer) or np.isfinite(leaf).all() for leaf in derivative):
         raise ValueError(
             "the inner rule has no finite derivative where an entry of the gradient is zero, so meta-gradients would be NaN. "
             "For Adam and its kin pass eps_root=1e-8; or choose differentiation='first_order'."
@@ -70,9 +77,13 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
 
 
 def check_step_size(inner_lr: float) -> None:
-    """The step size is a positive and finite number; else `ValueError`."""
-    if isinstance(inner_lr, optax.GradientTransformation) or not (math.isfinite(inner_lr) and inner_lr > 0):
+    """The step size is a positive and finite number, or a traced one; else `ValueError`."""
+    if not (_is_number(inner_lr) and (isinstance(inner_lr, Tracer) or (math.isfinite(inner_lr) and inner_lr > 0))):
         raise ValueError(f"the inner step size must be positive and finite, got {inner_lr}. The paper uses 0.01 to 0.4.")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) or (isinstance(value, Array | np.ndarray) and value.ndim == 0)
 
 
 def _with_dead_entry(leaf: np.ndarray) -> np.ndarray:

@@ -60,6 +60,7 @@ def fit(
     config: Mapping[str, Any] = {},
     checkpoint_seconds: float = 30.0,
     max_seconds: float = float("inf"),
+    on_log: Callable[[int, Mapping[str, float]], None] | None = None,
     label: str = "training",
     progress: bool = True,
     tensorboard: bool = False,
@@ -80,7 +81,7 @@ def fit(
         num_tasks: B, tasks in a meta-batch.
         log_every: meta-updates per compiled call, and per line of the log.
         validate_fn: state -> error [], the lower the better, such as the mean loss over fixed validation tasks.
-        validate_every: meta-updates between validations.
+        validate_every: meta-updates between validations; there is one more after the last.
         mesh: devices, of this host or of several joined by `jax.distributed.initialize()`, among which the tasks of a
             meta-batch are divided; by default one. Results are equal up to rounding, and a run goes on with any other number
             of devices. Of several hosts the first writes the files.
@@ -89,6 +90,8 @@ def fit(
             `fit` cannot see what else changed in the learner or the sampler: put in here what you vary.
         checkpoint_seconds: time between checkpoints; there is always one at the end.
         max_seconds: stop after this time, saved.
+        on_log: called with the number of meta-updates done and each line of the log, to show or send it elsewhere; of several
+            hosts by the first.
         label: what to call the run in the progress line.
         progress: whether to show one, on standard error.
         tensorboard: whether to write TensorBoard event files too, to `directory/tensorboard`.
@@ -110,7 +113,8 @@ def fit(
         raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
     _check_key(key)
     mesh = _checked_mesh(mesh, num_tasks)
-    programs = _compile(learner, sample, key, num_tasks, log_every, mesh)
+    every = [log_every] + [validate_every] * (validate_fn is not None)
+    programs = _compile(learner, sample, key, num_tasks, min(every), mesh)
     validate_fn = validate_fn and place(as_argument(validate_fn), mesh)
     config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=num_tasks)
     with contextlib.ExitStack() as stack:
@@ -124,7 +128,6 @@ def fit(
             print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
         bar = stack.enter_context(_progress_bar(label, done, num_updates, shown=progress))
         started, sampler = time.monotonic(), programs.sampler_from(done)
-        every = [log_every] + [validate_every] * (validate_fn is not None)
         while done < num_updates and not any_host(interrupted.is_set() or time.monotonic() - started >= max_seconds):
             stop = min(num_updates, *(done + n - done % n for n in every))
             state, metrics = programs.run(now.state, key, done, stop, sampler)
@@ -135,13 +138,15 @@ def fit(
                 programs.check_validation(now, validate_fn)
             line = _finite_means(metrics, take_back(state, mesh), done, stop, record.where)
             now = now._replace(state=state)
-            if validate_fn and stop % validate_every == 0:
+            if validate_fn and (stop % validate_every == 0 or stop == num_updates):
                 now, error = programs.validate(now, validate_fn)
                 line["validation_error"] = float(np.mean(error))
             bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}, refresh=False)
             bar.update(stop - done)
             done = stop
             record.log(done, line)
+            if on_log and is_first_host():
+                on_log(done, line)
             if time.monotonic() - record.saved_at > checkpoint_seconds:
                 record.save(done, take_back(now, mesh))
         record.save(done, take_back(now, mesh))

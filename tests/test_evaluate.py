@@ -43,6 +43,11 @@ def test_is_compiled_once():
     assert len(traces) == 1
 
 
+def test_a_sampler_that_ignores_its_key_is_warned_of():
+    with pytest.warns(UserWarning, match="all tasks are the same"):
+        evaluate(LEARNER, State(jnp.float32(2.0), ()), lambda key: np.random.default_rng(0).normal(), key=KEY, num_tasks=4)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 10, 50])
 def test_batches_change_nothing(batch_size):
     np.testing.assert_allclose(values_of(batch_size=batch_size), values_of(), rtol=1e-6)

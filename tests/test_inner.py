@@ -34,6 +34,14 @@ def test_each_step_has_its_own_entry_of_data():
     np.testing.assert_allclose(final, [0.5 + 0.5 * (10 - 0.5)])
 
 
+@pytest.mark.parametrize("data", [None, jnp.float32(1.0), (jnp.ones(1), jnp.ones(5))])
+def test_entries_are_equally_many(data):
+    with pytest.raises(
+        ValueError, match="data needs arrays with one leading axis in common, an entry for each step; got shapes"
+    ):
+        adapt(lambda params, entry: params, jnp.float32(0.0), data, optax.sgd(0.5))
+
+
 def test_no_entries_no_steps():
     final, path = adapt(quadratic, jnp.ones(2), jnp.zeros((0, 2)), optax.sgd(0.5))
     np.testing.assert_array_equal(final, jnp.ones(2))

@@ -29,7 +29,7 @@ ALLOWED = {
     "outer": {"types", "checks", "devices"},
     "checkpoint": FOUNDATION,
     "record": FOUNDATION | {"checkpoint"},
-    "loop": {"types", "devices"},
+    "loop": {"types", "checks", "devices"},
     "interruption": set(),
     "train": FOUNDATION | {"checkpoint", "record", "devices", "loop", "interruption"},
     "evaluate": FOUNDATION | {"devices"},

@@ -14,8 +14,11 @@ from mamljax.losses import mse
 from mamljax.maml import maml
 from mamljax.models import mlp
 from mamljax.rules import all_but, as_rule, learned_by_step, learned_step_sizes
+from mamljax.tasks.sinusoid import sinusoid
 from mamljax.types import Examples, Model, Task
 
+KEY = jax.random.key(0)
+MODEL = mlp(1, (4,), 1)
 PARAMS = {"a": jnp.ones(2), "b": jnp.ones(3)}
 
 
@@ -55,9 +58,29 @@ def test_rules_that_need_more_than_gradients_and_parameters_are_refused(rule):
 
 
 def test_a_number_of_any_kind_is_a_step_size():
-    for number in (1, np.float32(1.0), jnp.float32(1.0)):
+    for number in (1, np.float32(1.0), np.array(1.0), jnp.float32(1.0)):
         rule = as_rule(number, PARAMS, differentiable=True)
         assert rule.update(jnp.float32(2.0), rule.init(jnp.float32(0.0)))[0] == -2.0
+
+
+@pytest.mark.parametrize("rule_of", [lambda lr: lr, optax.sgd, lambda lr: all_but([], lr)], ids=["number", "sgd", "all_but"])
+def test_step_sizes_can_be_traced(rule_of):
+    """A search over step sizes is one program."""
+    tasks = jax.vmap(sinusoid(shots=3, queries=3))(jax.random.split(KEY, 2))
+
+    def loss_after(lr):
+        learner = maml(MODEL, mse, rule=rule_of(lr), inner_steps=1, eval_steps=1, tx=optax.sgd(0.1))
+        return learner.update(KEY, learner.init(KEY), tasks)[1]["grad_norm"]
+
+    np.testing.assert_allclose(jax.vmap(loss_after)(jnp.array([0.01, 0.1])), [loss_after(0.01), loss_after(0.1)], rtol=1e-5)
+
+
+def test_a_learned_rule_goes_with_its_model():
+    for _, rule in (learned_step_sizes(MODEL, 0.1), learned_by_step(MODEL, 0.1, 1)):
+        with pytest.raises(ValueError, match="the inner rule looks for '(alpha|step)' in the parameters.*pass both"):
+            maml(MODEL, mse, rule=rule, inner_steps=1, eval_steps=1, tx=optax.sgd(0.1))
+    with pytest.raises(ValueError, match="the inner step size must be positive and finite, got <function"):
+        learned_step_sizes(MODEL, optax.cosine_decay_schedule(0.1, 5))
 
 
 def test_a_schedule_is_not_a_rule():

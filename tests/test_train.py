@@ -217,8 +217,40 @@ def test_without_validation_the_best_state_is_the_last():
 
 
 def test_before_the_first_validation_the_best_state_is_the_last():
-    result = train(num_updates=6, validate_fn=lambda state: jnp.float32(1.0), validate_every=1000)
+    result = train(num_updates=6, validate_fn=lambda state: jnp.float32(1.0), validate_every=1000, max_seconds=0)
     assert_equal(result.best, result.state)
+
+
+@pytest.mark.parametrize("validate_every", [8, 1000])
+def test_the_last_state_is_validated_too(validate_every):
+    """The parameter counts meta-updates; the error falls all the time."""
+    learner = scalar_learner(lambda params, task: -params, optax.sgd(1.0))
+    result = train(learner, jax.random.normal, validate_fn=lambda state: -state.params, validate_every=validate_every)
+    assert (result.best.params, result.num_updates) == (20, 20)
+
+
+@pytest.mark.parametrize("sample", [lambda key: np.random.default_rng(0).normal(), lambda key: jnp.float32(1.0)])
+def test_a_sampler_that_ignores_its_key_is_warned_of(sample):
+    with pytest.warns(UserWarning, match="the sampler does not use its key, so that all tasks are the same.*jax.random"):
+        train(scalar_learner(), sample)
+
+
+def test_tasks_are_drawn_for_no_more_updates_than_a_call_has(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "mamljax.train.meta_updates", lambda *args, **how: asked.append(args[2]) or loop.meta_updates(*args, **how)
+    )
+    train(log_every=50)
+    train(log_every=50, validate_fn=lambda state: jnp.float32(0.0), validate_every=4)
+    assert asked == [50, 4]
+
+
+def test_lines_of_the_log_are_passed_on(tmp_path):
+    heard = []
+    train(directory=tmp_path, on_log=lambda done, line: heard.append({"update": done, **line}))
+    logged = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["update"] for line in heard] == [5, 10, 15, 20]
+    assert heard == [{name: value for name, value in line.items() if name != "seconds"} for line in logged]
 
 
 def test_a_validation_error_that_is_not_finite_is_null_in_the_log(tmp_path):
@@ -356,7 +388,9 @@ def test_validated_in_double_precision_it_goes_on(tmp_path):
         learner = scalar_learner()._replace(init=lambda key: State(jnp.float64(1.0), optax.sgd(0.1).init(jnp.float64(1.0))))
         arguments = {"directory": tmp_path, "validate_fn": lambda state: state.params**2, "validate_every": 5}
         for updates in (10, 20):
-            result = train(learner, lambda key: jnp.float64(0.0), num_updates=updates, **arguments)
+            result = train(
+                learner, lambda key: 0 * jax.random.uniform(key, dtype=jnp.float64), num_updates=updates, **arguments
+            )
         np.testing.assert_allclose(result.best.params, 0.9**20, rtol=1e-12)
 
 
@@ -411,6 +445,13 @@ def test_tensorboard_needs_a_directory():
 def test_counts_are_positive(name):
     with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
         train(**{name: 0})
+
+
+@pytest.mark.parametrize("name", ["update", "seconds", "validation_error"])
+def test_metrics_have_names_of_their_own(name):
+    learner = LEARNER._replace(update=lambda key, state, tasks: (state, {name: jnp.float32(0.0)}))
+    with pytest.raises(ValueError, match=f"already, got a metric called '{name}'"):
+        train(learner)
 
 
 def test_metrics_are_scalars():

@@ -51,8 +51,10 @@ def matching(
 
     def compare(params: PyTree, task: Task) -> Array:
         similarity = cosine_similarity(*_features_of(features, params, task))
-        probabilities = jax.nn.softmax(similarity) @ jax.nn.one_hot(task.support.y, ways)
-        return jnp.log(probabilities)
+        members = jax.nn.one_hot(task.support.y, ways)
+        present = members.any(0)
+        probabilities = jax.nn.softmax(similarity) @ members
+        return jnp.where(present, jnp.log(jnp.where(present, probabilities, 1)), -jnp.inf)  # no gradient of log(0)
 
     return _learner(features.init, compare, loss_fn, tx, metric_fns, chunk_size)
 
@@ -76,8 +78,9 @@ def prototypical(
     def compare(params: PyTree, task: Task) -> Array:
         query, support = _features_of(features, params, task)
         members = jax.nn.one_hot(task.support.y, ways, axis=0)  # [N, N * K]
-        prototypes = members @ support / members.sum(1, keepdims=True)
-        return -((query[:, None] - prototypes[None]) ** 2).sum(-1)
+        counts = members.sum(1, keepdims=True)
+        prototypes = members @ support / jnp.maximum(counts, 1)
+        return jnp.where(counts[:, 0] > 0, -((query[:, None] - prototypes[None]) ** 2).sum(-1), -jnp.inf)
 
     return _learner(features.init, compare, loss_fn, tx, metric_fns, chunk_size)
 

@@ -52,8 +52,8 @@ class DataError(Exception):
 
 def default_cache_dir() -> Path:
     """The directory of all banks: `$MAMLJAX_CACHE_DIR`, or else `mamljax/banks` in the user's cache directory."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("MAMLJAX_CACHE_DIR", user_cache / "mamljax" / "banks"))
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("MAMLJAX_CACHE_DIR") or user_cache / "mamljax" / "banks")
 
 
 def prepared_bank(name: str, source: Callable[[], Source], cache_dir: str | Path | None = None) -> Bank:

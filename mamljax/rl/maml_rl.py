@@ -52,7 +52,7 @@ def maml_rl(
         inner_steps: S, adaptation steps in training; 0 for none.
         eval_steps: adaptation steps in evaluation.
         tx: the outer optimiser, `trpo.trpo(0.01)` in the paper; it gets the extra arguments described there. With any other,
-            such as Adam, this is vanilla policy gradient.
+            such as Adam, this is vanilla policy gradient. (Optax's line searches refuse these arguments.)
         multi_step_loss: whether the policy is judged after every one of the S steps, as Antoniou et al. 2019 (MAML++) do in
             classification, and not after the last alone. What is maximised is then the sum of the returns: each step's
             advantages, standardised for themselves, count by the standard deviation that they had.

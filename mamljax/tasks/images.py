@@ -46,8 +46,8 @@ def episodes(
 class HostEpisodes:
     """The sampler of the same episodes from images that the device has no room for, memory-mapped ones for example.
 
-    `fit` has it read the episodes of the next compiled call while the device computes this one, for which they take
-    `log_every * num_tasks` episodes of device memory. Elsewhere, as in `evaluate`, the program calls back to the host.
+    `fit` has it read the episodes of the next compiled call while the device computes this one, for which each seed takes
+    twice `log_every * num_tasks` episodes of device memory. Elsewhere, as in `evaluate`, the program calls back to the host.
     """
 
     def __init__(
@@ -221,7 +221,7 @@ def _unit_range(images: Array) -> Array:
     return images.astype(jnp.float32) / 255
 
 
-def inductive(sample: SampleFn) -> Partial:
+def inductive(sample: SampleFn) -> SampleFn:
     """Put the support images, unlabelled, before the query images, so that the network can normalise by them alone.
 
     Args:
@@ -230,10 +230,23 @@ def inductive(sample: SampleFn) -> Partial:
     Returns:
         The sampler of the same episodes with query sets of x [N * K + N * Q, H, W, C] and y that begins with N * K times -1.
     """
-    return Partial(_draw_inductive, as_argument(sample))
+    return _InductiveHostEpisodes(sample) if hasattr(sample, "prepare") else Partial(_draw_inductive, as_argument(sample))
 
 
-def _draw_inductive(sample: Partial, key: Array) -> Task:
+class _InductiveHostEpisodes:
+    """Those of `HostEpisodes`, which `fit` reads ahead likewise."""
+
+    def __init__(self, sample: HostEpisodes) -> None:
+        self.sample = sample
+
+    def __call__(self, key: Array) -> Task:
+        return _draw_inductive(self.sample, key)
+
+    def prepare(self, keys: Array) -> Partial:
+        return Partial(_draw_inductive, self.sample.prepare(keys))
+
+
+def _draw_inductive(sample: SampleFn, key: Array) -> Task:
     support, query = sample(key)
     x = jnp.concatenate([support.x, query.x])
     return Task(support, Examples(x, jnp.concatenate([jnp.full_like(support.y, -1), query.y])))

@@ -126,6 +126,18 @@ def test_logits_by_hand(build, expected):
     np.testing.assert_allclose(learner.evaluate(KEY, learner.init(KEY), Task(SUPPORT, query))["loss"], [0.0], atol=1e-6)
 
 
+@pytest.mark.parametrize("build", [matching, prototypical])
+def test_a_class_without_support_is_never_predicted_and_hinders_no_learning(build):
+    features = Model(lambda key: jnp.eye(2), lambda params, x: x @ params)
+    learner = build(features, cross_entropy, ways=4, tx=optax.sgd(0.1), metric_fns={"accuracy": accuracy})
+    query = Examples(SUPPORT.x + 0.1, SUPPORT.y)
+    tasks = jax.tree.map(lambda leaf: leaf[None], Task(SUPPORT, query))
+    metrics = learner.update(KEY, learner.init(KEY), tasks)[1]
+    assert 0 < metrics["grad_norm"] < np.inf
+    three = build(features, cross_entropy, ways=3, tx=optax.sgd(0.1))
+    np.testing.assert_allclose(metrics["loss"], three.update(KEY, three.init(KEY), tasks)[1]["loss"], rtol=1e-6)
+
+
 def test_siamese_logits_and_loss_by_hand():
     expected = jnp.array([-1.0 + 0.5, -2.0 - 4.0 + 0.5, -1.0 - 2.0 + 0.5])  # of class 2 with (1, 1), the nearer one
     learner = siamese(IDENTITY, jnp.zeros((1, 2)), lambda logits, labels: jnp.abs(logits[0] - expected).max(), **SHARED)

@@ -208,6 +208,15 @@ def test_episodes_read_on_the_host_are_the_same(monkeypatch):
         reads.clear()
 
 
+def test_inductive_episodes_are_read_ahead_too():
+    arguments = {"ways": 3, "shots": 1, "queries": 2}
+    keys = jax.random.split(KEY, 4)
+    ahead = inductive(HostEpisodes(BANK, **arguments)).prepare(keys)
+    jax.tree.map(
+        np.testing.assert_array_equal, *(jax.vmap(sample)(keys) for sample in (ahead, inductive(episodes(BANK, **arguments))))
+    )
+
+
 def test_reading_ahead_is_traced_once(monkeypatch):
     traces, draw = [], images.draw_indices
     monkeypatch.setattr(images, "draw_indices", lambda *args, **sizes: traces.append(None) or draw(*args, **sizes))
