@@ -13,6 +13,7 @@ from mamljax.devices import BY_TASK, EVERYWHERE, divide, host, place
 from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_argument
 
 LOGGED = ("update", "seconds", "validation_error")  # what a line of the log has beside the metrics
+INIT = 2**32 - 1  # what is folded into the key of the first state: a number that no meta-update has
 DRAWN_AHEAD = 2**18  # bytes of tasks at most; larger ones are drawn for one meta-update at a time
 
 

@@ -19,7 +19,7 @@ from mamljax.checkpoint import CheckpointError, Checkpoints, read_config
 from mamljax.checks import check_count
 from mamljax.devices import any_host, from_first_host, is_first_host, on, place, take_back, task_mesh
 from mamljax.interruption import interruptions
-from mamljax.loop import meta_updates, over_seeds, preparation
+from mamljax.loop import INIT, meta_updates, over_seeds, preparation
 from mamljax.record import Record
 from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_argument
 
@@ -67,9 +67,9 @@ def fit(
 ) -> Result:
     """Meta-train a learner.
 
-    Meta-update t draws its tasks from `fold_in(key, t)`, so that a resumed run goes on exactly as it would have. With a
-    `directory` the run is saved there and goes on from there if it was stopped: by a time limit, a kill, Ctrl-C or SIGTERM
-    (the last two save first).
+    Meta-update t draws its tasks from `fold_in(key, t)`, so that a resumed run goes on exactly as it would have; the first
+    state is drawn from `fold_in(key, INIT)`. With a `directory` the run is saved there and goes on from there if it was
+    stopped: by a time limit, a kill, Ctrl-C or SIGTERM (the last two save first).
 
     Args:
         learner: the method.
@@ -264,9 +264,8 @@ def _check_params(state: State, done: int, where: str) -> None:
 
 
 def _start(learner: MetaLearner, key: Array) -> Progress:
-    state = jax.tree.map(
-        lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), learner.init(key)
-    )  # no weak types: they would retrace
+    first = learner.init(jax.random.fold_in(key, INIT))
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), first)  # no weak types: they would retrace
     return Progress(state, state, jnp.float32(jnp.inf))
 
 

@@ -336,7 +336,7 @@ def test_divergence_says_when_and_keeps_the_last_good_checkpoint(tmp_path, at):
 
 
 def test_divergence_of_one_seed_names_it():
-    starts = [float(jax.random.uniform(key)) for key in KEYS]
+    starts = [float(jax.random.uniform(jax.random.fold_in(key, loop.INIT))) for key in KEYS]
     worst = int(np.argmax(starts))
     learner = meta_learner(
         jax.random.uniform,
@@ -401,7 +401,7 @@ def test_a_longer_run_is_not_cut(tmp_path):
 
 
 def test_no_updates_give_the_first_state():
-    assert_equal(train(num_updates=0).state, LEARNER.init(KEY))
+    assert_equal(train(num_updates=0).state, LEARNER.init(jax.random.fold_in(KEY, loop.INIT)))
 
 
 def test_weak_types_do_not_recompile():
