@@ -71,7 +71,7 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     if len(folders) != run.ways:
         raise DataError(
             f"{options.support} holds {len(folders)} class folders, but the network of {options.checkpoint} tells {run.ways} "
-            f"classes apart. Give {run.ways}, or train with --ways {len(folders)}."
+            f"classes apart. Give {run.ways}" + f", or train with --ways {len(folders)}." * (len(folders) > 1)
         )
     files = [images_in(folder) for folder in folders]
     if run.statistics == "inductive" and any(len(of_class) != run.shots for of_class in files):
@@ -89,6 +89,10 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
         return network.apply(adapted, jnp.concatenate([support.x, x[None]]))[-1]
 
     probabilities = jax.nn.softmax(jax.lax.map(logits, load(queries, run)))
+    if not jnp.isfinite(probabilities).all():
+        raise ValueError(
+            f"adaptation diverged: the probabilities are not finite after {steps} steps. Lower --inner-lr or --steps."
+        )
     return [folder.name for folder in folders], [str(file) for file in queries], np.asarray(probabilities)
 
 

@@ -43,7 +43,7 @@ def load(options: Options) -> Data:
 
     def sampler(part: str, queries: int) -> SampleFn:
         classes = split[part]
-        check_images(bank, classes, options.shots + queries, part)
+        check_images(bank, classes, options.shots + queries, part, "--queries" if part == "train" else "--eval-queries")
         arguments = shared | {"queries": queries, "counts": bank.counts[classes]}
         try:
             if options.images_on == "host":
@@ -51,7 +51,7 @@ def load(options: Options) -> Data:
             else:
                 sample = episodes(images_of(bank, classes), **arguments)
         except ValueError as error:
-            raise ValueError(f"the {part} split of {options.dataset}: {error}") from error
+            raise ValueError(f"the {part} split, {len(classes)} of {len(bank.names)} classes: {error}") from error
         return inductive(sample) if options.statistics == "inductive" else sample
 
     classifier_sample = None
@@ -70,12 +70,12 @@ def load(options: Options) -> Data:
     )
 
 
-def check_images(bank: Bank, classes: np.ndarray, needed: int, part: str) -> None:
+def check_images(bank: Bank, classes: np.ndarray, needed: int, part: str, flag: str) -> None:
     """Every class of a split has as many images as an episode takes of it."""
     few = {bank.names[number]: int(bank.counts[number]) for number in classes if bank.counts[number] < needed}
     if few:
         raise ValueError(
             f"episodes of the {part} split need {needed} images of each class, support and query images together, but some "
             f"have fewer: {', '.join(f'{name} {count}' for name, count in list(few.items())[:5])}{', ...' * (len(few) > 5)}. "
-            "Add images to them, leave them out, or lower --shots or --queries."
+            f"Add images to them, leave them out, or lower --shots or {flag}."
         )

@@ -6,6 +6,7 @@ from typing import Literal, get_args
 
 import runner
 
+from mamljax.checks import check_count
 from mamljax.data.omniglot import Split
 
 SOURCE = "Finn et al. 2017, table 1"
@@ -281,5 +282,8 @@ def check_methods(options: Options) -> None:
         given = f"--method {' '.join(others)}" if others else f"--seeds {options.seeds}"
         able = " ".join(method for method in get_args(Method) if method not in unable)
         raise ValueError(f"--begin-with is for one seed and --method {able}, got {given}.")
+    check_count("--ways", options.ways, "One class cannot be told from itself.", minimum=2)
+    if options.eval_steps < options.test_steps:
+        raise ValueError(f"--eval-steps must be at least --test-steps, {options.test_steps}, got {options.eval_steps}.")
     if options.begin_with is None and options.steps == 0:
         raise ValueError("--steps 0 is for --begin-with. For an untrained network take --method random.")

@@ -49,7 +49,10 @@ def read_options(directory: Path) -> Options:
         config = {"begin_with": config.pop("features", None), **config}  # what earlier versions call it
         return Options(**config | {"precision": "float32"})  # it may go on in any other
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{directory} is no output directory of few_shot.py ({error}).") from error
+        hint = (
+            f" Give {directory.parent.parent} and --method {directory.name}." if directory.parent.name == "checkpoints" else ""
+        )
+        raise CheckpointError(f"{directory} is no output directory of few_shot.py ({error}).{hint}") from error
 
 
 def read_trained(directory: Path, num_classes: int) -> Trained:

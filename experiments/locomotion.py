@@ -98,7 +98,7 @@ def execute(options: Options, run: runner.Run) -> None:
         env = locomotion(options.task, protocol=options.protocol, engine=options.engine)
     except ImportError as error:
         raise ValueError(str(error)) from error
-    published = PUBLISHED[options.task] if options.protocol == "paper" else {}
+    published = PUBLISHED[options.task] if options.protocol == "paper" and options.horizon == Options.horizon else {}
     trained = reinforcement.run_methods(
         options, run, env, setting=options.task, protocol=options.protocol, published=published, source=SOURCE
     )

@@ -30,9 +30,10 @@ from mamljax.checkpoint import CheckpointError, claim_directory
 from mamljax.checks import check_count
 from mamljax.data.bank import DataError
 from mamljax.devices import is_first_host, on, task_mesh
+from mamljax.divergence import DivergenceError
 from mamljax.files import write_atomically
 from mamljax.record import best_update
-from mamljax.train import DivergenceError, Result, fit
+from mamljax.train import Result, fit
 from mamljax.types import MetaLearner
 
 
@@ -103,6 +104,8 @@ class Run:
         claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults, free=options.free)
         several = options.distributed or (options.devices or 1) > 1
         self.mesh = task_mesh(options.devices) if several else None
+        if self.mesh and options.num_tasks % self.mesh.size:
+            raise ValueError(f"--num-tasks must be a multiple of the {self.mesh.size} devices, got {options.num_tasks}.")
         self.keys = jax.vmap(jax.random.key)(np.uint32(options.seed) + np.arange(options.seeds, dtype=np.uint32))
         self._started = time.monotonic()
 

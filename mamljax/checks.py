@@ -6,15 +6,22 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
-from mamljax.types import PyTree, SampleFn, Task
+from mamljax.types import Examples, PyTree, SampleFn, Task
 
 
 def check_count(name: str, value: int, hint: str = "", *, minimum: int = 1) -> None:
     """Raise `ValueError` unless `value` is a whole number of at least `minimum`; `hint` says what to do instead."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}. {hint}".rstrip())
+
+
+def check_optimiser(tx: optax.GradientTransformation) -> None:
+    """Raise `ValueError` unless `tx` is an Optax transformation."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError(f"tx must be an Optax transformation, such as optax.adam(1e-3), got {tx!r}.")
 
 
 def check_params(params: PyTree) -> None:
@@ -70,6 +77,8 @@ def check_task(task: Task) -> None:
             f"support and query must have the same structure, got support {jax.tree.structure(task.support)} "
             f"and query {jax.tree.structure(task.query)}. Build both as Examples(x, y)."
         )
+    if not isinstance(task.support, Examples):
+        raise ValueError(f"support and query must be Examples(x, y), got {type(task.support).__name__}.")
     for name, examples in task._asdict().items():
         lengths = {leaf.shape[0] if leaf.shape else None for leaf in jax.tree.leaves(examples)}
         if len(lengths) != 1 or None in lengths:

@@ -39,8 +39,10 @@ def evaluate(
         Each metric as [num_tasks, S + 1], before and after each adaptation step. See `mean_and_ci95`.
 
     Raises:
-        ValueError: a count below 1.
+        ValueError: a count below 1, or no `State`.
     """
+    if not isinstance(state, State):
+        raise ValueError(f"state must be a State, such as the result of fit has, got {type(state).__name__}.")
     check_count("num_tasks", num_tasks)
     batch_size = num_tasks if batch_size is None else batch_size
     check_count("batch_size", batch_size)

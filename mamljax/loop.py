@@ -31,8 +31,10 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_s
         return jax.vmap(jax.vmap(sample))(keys)
 
     def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
-        warn_of_constant_tasks(sample, key)
         tasks = jax.eval_shape(jax.vmap(sample), jax.random.split(key, num_tasks))
+        if not jax.tree.leaves(tasks):
+            raise ValueError("the sampler must return a task, such as Task(support, query), got none of its arrays.")
+        warn_of_constant_tasks(sample, key)
         ahead = _num_drawn_ahead(tasks, length)
         log = _empty_log(jax.eval_shape(update_state, key, state, tasks)[1], length)
 

@@ -11,7 +11,7 @@ from jax import Array
 from mamljax.checks import check_count, check_task
 from mamljax.inner import Differentiation, adapt
 from mamljax.outer import meta_learner
-from mamljax.rules import Rule, as_rule
+from mamljax.rules import Rule, as_rule, rule_for
 from mamljax.types import Examples, LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 
@@ -61,7 +61,7 @@ def maml(
     """
     check_count("inner_steps", inner_steps, "For no adaptation use pretrain().")
     check_count("eval_steps", eval_steps)
-    rule = as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=differentiation != "first_order")
+    rule = rule_for(model, rule, differentiable=differentiation != "first_order")
     how = {"differentiation": differentiation, "unroll_first": chunk_size != 1}
 
     def task_loss(params: PyTree, task: Task) -> Array:
@@ -80,11 +80,12 @@ def fine_tune(
     loss_fn: LossFn,
     params: PyTree,
     support: Examples,
-    rule: optax.GradientTransformation,
+    rule: Rule,
     num_steps: int,
     **how: Any,
 ) -> tuple[PyTree, PyTree]:
     """Take `num_steps` steps of `rule`, each on the whole support set; `how` and what is returned are as of `inner.adapt`."""
+    rule = as_rule(rule, {}, differentiable=False)  # whoever learns through it checks its derivatives
 
     def support_loss(params: PyTree, step: Array) -> Array:
         return loss_fn(model.apply(params, support.x), support.y)

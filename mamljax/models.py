@@ -111,9 +111,11 @@ def from_linen(module: linen.Module, x: Array) -> Model:
         A model whose params are the module's "params" collection, a nested dict of arrays.
 
     Raises:
-        ValueError: the module has other collections (running averages of `BatchNorm`, for example); where it is applied, it
-            draws random numbers (dropout).
+        ValueError: it is no Linen module; it has other collections (running averages of `BatchNorm`, for example); where it is
+            applied, it draws random numbers (dropout).
     """
+    if not isinstance(module, linen.Module):
+        raise ValueError(f"module must be a Flax Linen module, got {type(module).__name__}. For Flax NNX there is from_nnx.")
     collections = set(jax.eval_shape(module.init, jax.random.key(0), x)) - {"params"}
     if collections:
         raise ValueError(
@@ -144,7 +146,7 @@ def from_nnx(build: "Callable[[nnx.Rngs], nnx.Module]") -> Model:
         A model whose params are the module's `nnx.Param` values, a nested dict of arrays.
 
     Raises:
-        ValueError: the module has variables of other types.
+        ValueError: it is a module itself; or the module has variables of other types.
 
     >>> from flax import nnx
     >>> model = from_nnx(lambda rngs: nnx.Linear(3, 2, rngs=rngs))
@@ -153,6 +155,9 @@ def from_nnx(build: "Callable[[nnx.Rngs], nnx.Module]") -> Model:
     """
     from flax import nnx  # takes a third of a second, which those who need it not should not wait for
 
+    if isinstance(build, nnx.Module) or not callable(build):
+        wanted = "a function that makes the module, lambda rngs: nnx.Linear(1, 1, rngs=rngs) for example"
+        raise ValueError(f"build must be {wanted}, got {type(build).__name__}.")
     graph, shapes, rest = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
     others = {type(variable).__name__ for variable in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))}
     if others:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax.checks import check_count
+from mamljax.checks import check_count, check_optimiser
 from mamljax.devices import mean_over_devices, num_shares
 from mamljax.types import MetaLearner, Metrics, PyTree, State
 
@@ -43,10 +43,11 @@ def meta_learner(
         A meta-learner whose metrics are `loss` (mean over tasks, before the update) and `grad_norm` (of the meta-gradient).
 
     Raises:
-        ValueError: a `chunk_size` below 1; at the first update, one that does not divide B.
+        ValueError: a `chunk_size` below 1, a `tx` that is no optimiser; at the first update, one that does not divide B.
     """
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
+    check_optimiser(tx)
     tx = optax.with_extra_args_support(tx)
 
     def init(key: Array) -> State:

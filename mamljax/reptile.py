@@ -12,7 +12,7 @@ from mamljax.checks import check_count, check_task
 from mamljax.inner import adapt
 from mamljax.maml import learning_curve
 from mamljax.outer import meta_learner
-from mamljax.rules import Rule, as_rule
+from mamljax.rules import Rule, rule_for
 from mamljax.types import Examples, LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 
@@ -57,7 +57,7 @@ def reptile(
     check_count("inner_steps", inner_steps, "With a single one it would be pretrain().", minimum=2)
     check_count("batch_size", batch_size)
     check_count("eval_steps", eval_steps)
-    rule = as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=False)
+    rule = rule_for(model, rule, differentiable=False)
 
     def half_squared_distance(params: PyTree, task: Task) -> Array:
         check_task(task)

@@ -76,6 +76,17 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
     return rule
 
 
+def rule_for(model: Model, rule: Rule, *, differentiable: bool) -> optax.GradientTransformation:
+    """Make an inner rule for the parameters of a model, as `as_rule` does.
+
+    Raises:
+        ValueError: as `as_rule`; or it is no `Model`.
+    """
+    if not isinstance(model, Model):
+        raise ValueError(f"model must be a Model, got {type(model).__name__}. Make one by models.from_linen or from_nnx.")
+    return as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=differentiable)
+
+
 def check_step_size(inner_lr: float) -> None:
     """The step size is a positive and finite number, or a traced one; else `ValueError`."""
     if not (_is_number(inner_lr) and (isinstance(inner_lr, Tracer) or (math.isfinite(inner_lr) and inner_lr > 0))):

@@ -18,10 +18,11 @@ from tqdm import tqdm
 from mamljax.checkpoint import CheckpointError, Checkpoints, read_config
 from mamljax.checks import check_count
 from mamljax.devices import any_host, from_first_host, is_first_host, on, place, take_back, task_mesh
+from mamljax.divergence import finite_means
 from mamljax.interruption import interruptions
 from mamljax.loop import INIT, meta_updates, over_seeds, preparation
 from mamljax.record import Record
-from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_argument
+from mamljax.types import MetaLearner, SampleFn, State, as_argument
 
 
 class Progress(NamedTuple):
@@ -39,10 +40,6 @@ class Result(NamedTuple):
     best: State  # that of the lowest validation error, or `state` if none was validated
     num_updates: int  # meta-updates done, over all sessions of the run
     seconds: float  # spent in training, over all sessions of the run
-
-
-class DivergenceError(FloatingPointError):
-    """A metric, such as the loss or the meta-gradient's norm, or a parameter is no longer finite."""
 
 
 def fit(
@@ -136,7 +133,7 @@ def fit(
                 sampler = programs.sampler_from(stop)
             if validate_fn:
                 programs.check_validation(now, validate_fn)
-            line = _finite_means(metrics, take_back(state, mesh), done, stop, record.where)
+            line = finite_means(metrics, take_back(state, mesh), done, stop, record.where)
             now = now._replace(state=state)
             if validate_fn and (stop % validate_every == 0 or stop == num_updates):
                 now, error = programs.validate(now, validate_fn)
@@ -195,18 +192,21 @@ def _progress_bar(label: str, done: int, total: int, *, shown: bool) -> tqdm:
     return tqdm(total=total, initial=done, desc=label, unit="update", disable=not shown, mininterval=seldom)
 
 
-def read_best(learner: MetaLearner, directory: str | Path) -> State:
+def read_best(learner: MetaLearner, directory: str | Path, *, seed: int | None = None) -> State:
     """Read the best state of a run that `fit` has saved, of one that is still training too.
 
     Args:
         learner: as it was trained.
         directory: that of the run; the scripts in `experiments/` keep one for each method, `OUT/checkpoints/METHOD`.
+        seed: of a run from a vector of keys, the number of the one whose state is wanted. Scripts give a vector, of one key
+            with `--seeds 1`.
 
     Returns:
-        The state; of a run from a vector of keys, every leaf with a leading axis [keys].
+        The state; of a run from a vector of keys, without `seed`, every leaf with a leading axis [keys].
 
     Raises:
         CheckpointError: there is no run, or it is one of another model or method; the first difference is named.
+        ValueError: there is no such seed.
     """
     config = read_config(Path(directory))
     if "key" not in config:
@@ -217,7 +217,14 @@ def read_best(learner: MetaLearner, directory: str | Path) -> State:
     saved = Checkpoints(directory, None).restore(jax.eval_shape(by_seed(functools.partial(_start, learner)), key))
     if saved is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
-    return by_seed(_best)(saved[1])
+    best = by_seed(_best)(saved[1])
+    if seed is None:
+        return best
+    if seeds == () or not 0 <= seed < seeds[0]:
+        raise ValueError(
+            f"{directory} is a run from {seeds[0] if seeds else 'no vector of'} keys, and has no seed number {seed}."
+        )
+    return jax.tree.map(lambda leaf: leaf[seed], best)
 
 
 def _checked_mesh(mesh: Mesh | None, num_tasks: int) -> Mesh | None:
@@ -248,21 +255,6 @@ def _check_key(key: Array) -> None:
         raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {got}.")
 
 
-def _finite_means(metrics: Metrics, state: State, done: int, stop: int, where: str) -> dict[str, float]:
-    """The mean of each metric over some updates; raises `DivergenceError` if one is not finite, or the state after them."""
-    metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
-    _check_finite(metrics, done, where)
-    _check_params(state, stop, where)
-    return {name: float(values.mean()) for name, values in metrics.items()}
-
-
-def _check_params(state: State, done: int, where: str) -> None:
-    for path, leaf in jax.tree.leaves_with_path(state.params):
-        if not np.isfinite(leaf).all():
-            name = "params" + jax.tree_util.keystr(path)
-            raise DivergenceError(f"{name} is no longer finite after meta-update {done}{where}. Lower the outer step size.")
-
-
 def _start(learner: MetaLearner, key: Array) -> Progress:
     first = learner.init(jax.random.fold_in(key, INIT))
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), first)  # no weak types: they would retrace
@@ -282,16 +274,3 @@ def _best(progress: Progress) -> State:
     """The best state, or the last one if none was validated, or none with a finite error."""
     validated = jnp.isfinite(progress.best_error)
     return jax.tree.map(lambda best, last: jnp.where(validated, best, last), progress.best, progress.state)
-
-
-def _check_finite(metrics: dict[str, np.ndarray], done: int, where: str) -> None:
-    for name, values in metrics.items():
-        bad = np.argwhere(~np.isfinite(values))
-        if len(bad):
-            *seed, offset = bad[bad[:, -1].argmin()]
-            seeds = f" of seed number {seed[0]}" if seed else ""
-            update = done + offset + 1
-            remedy = "Lower the inner or the outer step size, or clip the meta-gradient."
-            if update == 1:
-                remedy = f"Look for values that are not finite in the data, and for labels that do not count from 0. {remedy}"
-            raise DivergenceError(f"{name}{seeds} became {values[(*seed, offset)]} at meta-update {update}{where}. {remedy}")

@@ -43,6 +43,11 @@ def test_malformed_tasks(support, message):
         check_task(Task(support, GOOD))
 
 
+def test_something_else_than_examples():
+    with pytest.raises(ValueError, match=r"support and query must be Examples\(x, y\), got tuple"):
+        check_task(Task(tuple(GOOD), tuple(GOOD)))
+
+
 def test_something_else_than_a_task():
     with pytest.raises(ValueError, match=r"expected a Task\(support, query\).*got tuple"):
         check_task((GOOD, GOOD))

@@ -43,6 +43,11 @@ def test_is_compiled_once():
     assert len(traces) == 1
 
 
+def test_a_state_is_evaluated():
+    with pytest.raises(ValueError, match="state must be a State, such as the result of fit has, got dict"):
+        evaluate(LEARNER, {"params": 2.0}, jax.random.uniform, key=KEY, num_tasks=4)
+
+
 def test_a_sampler_that_ignores_its_key_is_warned_of():
     with pytest.warns(UserWarning, match="all tasks are the same"):
         evaluate(LEARNER, State(jnp.float32(2.0), ()), lambda key: np.random.default_rng(0).normal(), key=KEY, num_tasks=4)

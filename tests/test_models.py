@@ -96,6 +96,16 @@ def test_linen_module_that_draws_random_numbers_is_refused():
     np.testing.assert_array_equal(from_linen(linen.Dropout(0.5, deterministic=True), X).apply({}, X), X)
 
 
+def test_modules_go_in_at_their_own_door():
+    with pytest.raises(ValueError, match="module must be a Flax Linen module, got Linear. For Flax NNX there is from_nnx"):
+        from_linen(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), X)
+    for wrong in (nnx.Linear(3, 2, rngs=nnx.Rngs(0)), 3):
+        with pytest.raises(ValueError, match="build must be a function that makes the module.*got (Linear|int)"):
+            from_nnx(wrong)
+    with pytest.raises(ValueError, match="model must be a Model, got Dense. Make one by models.from_linen or from_nnx"):
+        maml(linen.Dense(1), mse, rule=0.1, inner_steps=1, eval_steps=1, tx=optax.sgd(0.1))
+
+
 def test_nnx_module_with_state_is_refused():
     with pytest.raises(ValueError, match=r"variables of type \['BatchStat'\].*Use layers that keep none"):
         from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs))

@@ -76,6 +76,12 @@ def test_extra_state_is_left_alone():
     assert after.extra == {"count": 4}
 
 
+@pytest.mark.parametrize("tx", [1e-3, optax.adam])
+def test_the_optimiser_is_an_optax_transformation(tx):
+    with pytest.raises(ValueError, match=r"tx must be an Optax transformation, such as optax.adam\(1e-3\), got"):
+        meta_learner(lambda key: jnp.zeros(1), None, None, tx=tx)
+
+
 def test_chunks_of_tasks_give_the_same_update():
     tasks = jax.random.normal(KEY, (6, 4))
     results = []

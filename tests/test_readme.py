@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -17,6 +19,7 @@ def test_code_blocks_run_in_order(capsys):
     assert mean.shape == (4,)
     assert mean[1] < 0.2 * mean[0]  # the example learns: one step takes away most of the error
     assert "error before and after" in capsys.readouterr().out
+    assert abs(names["model"].apply(names["adapted"], np.full((1, 1), 0.8)).item() - 1.2) < 0.3  # the line of the new task
 
 
 def test_the_first_example_is_about_thirty_lines():

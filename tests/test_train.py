@@ -16,6 +16,7 @@ import pytest
 
 from mamljax import loop
 from mamljax.checkpoint import CheckpointError
+from mamljax.divergence import DivergenceError
 from mamljax.evaluate import evaluate
 from mamljax.losses import mse
 from mamljax.maml import maml
@@ -23,7 +24,7 @@ from mamljax.models import mlp
 from mamljax.outer import meta_learner
 from mamljax.record import Record, read_metrics
 from mamljax.tasks.sinusoid import sinusoid
-from mamljax.train import DivergenceError, fit, read_best
+from mamljax.train import fit, read_best
 from mamljax.types import MetaLearner, State
 
 KEY = jax.random.key(0)
@@ -233,6 +234,21 @@ def test_the_last_state_is_validated_too(validate_every):
 def test_a_sampler_that_ignores_its_key_is_warned_of(sample):
     with pytest.warns(UserWarning, match="the sampler does not use its key, so that all tasks are the same.*jax.random"):
         train(scalar_learner(), sample)
+
+
+def test_a_sampler_returns_a_task():
+    with pytest.raises(ValueError, match=r"the sampler must return a task, such as Task\(support, query\)"):
+        train(scalar_learner(), lambda key: None)
+
+
+def test_the_best_state_of_one_seed_is_read_back(tmp_path):
+    result = train(key=KEYS, directory=tmp_path)
+    assert_equal(read_best(LEARNER, tmp_path, seed=1), jax.tree.map(lambda leaf: leaf[1], result.best))
+    with pytest.raises(ValueError, match="is a run from 3 keys, and has no seed number 3"):
+        read_best(LEARNER, tmp_path, seed=3)
+    train(directory=tmp_path / "single")
+    with pytest.raises(ValueError, match="is a run from no vector of keys, and has no seed number 0"):
+        read_best(LEARNER, tmp_path / "single", seed=0)
 
 
 def test_tasks_are_drawn_for_no_more_updates_than_a_call_has(monkeypatch):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
@@ -11,7 +10,7 @@ from mamljax.checks import check_count, check_task
 from mamljax.inner import adapt
 from mamljax.maml import learning_curve
 from mamljax.outer import meta_learner
-from mamljax.rules import Rule, as_rule
+from mamljax.rules import Rule, rule_for
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 Penalty = Callable[[PyTree, PyTree], Array]  # (params, mean of the params of earlier tasks) -> scalar
@@ -71,7 +70,7 @@ def multi_task(
     """
     check_count("task_steps", task_steps)
     check_count("eval_steps", eval_steps)
-    rule = as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=False)
+    rule = rule_for(model, rule, differentiable=False)
 
     def trained(first: PyTree, mean: PyTree, task: Task) -> PyTree:
         x, y = (jnp.concatenate(parts) for parts in zip(*task, strict=True))

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 
-import jax
 import optax
 from jax import Array
 
 from mamljax.checks import check_count, check_task
 from mamljax.maml import learning_curve
 from mamljax.outer import meta_learner
-from mamljax.rules import Rule, as_rule
+from mamljax.rules import Rule, rule_for
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 
@@ -46,7 +45,7 @@ def pretrain(
         ValueError: a negative count, or a step size that is not positive and finite; at the first update, a malformed task.
     """
     check_count("eval_steps", eval_steps, minimum=0)
-    rule = as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=False)
+    rule = rule_for(model, rule, differentiable=False)
 
     def task_loss(params: PyTree, task: Task) -> Array:
         check_task(task)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import jax
 import optax
 from jax import Array
 
@@ -11,7 +10,7 @@ from mamljax.baselines.pretrain import pretrain
 from mamljax.checks import check_count
 from mamljax.maml import learning_curve
 from mamljax.models import with_linear_head
-from mamljax.rules import Rule, as_rule
+from mamljax.rules import Rule, rule_for
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 
@@ -51,7 +50,7 @@ def fine_tuning(
     check_count("ways", ways)
     check_count("eval_steps", eval_steps)
     new_model = with_linear_head(features, x, ways)
-    rule = as_rule(rule, jax.eval_shape(new_model.init, jax.random.key(0)), differentiable=False)
+    rule = rule_for(new_model, rule, differentiable=False)
 
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
         params = new_model.init(key) | {"features": state.params["features"]}

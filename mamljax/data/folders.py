@@ -29,7 +29,7 @@ def image_folders(data_dir: str | Path, cache_dir: str | Path | None = None, *, 
         channels: C, 1 for grey or 3 for red, green and blue.
 
     Raises:
-        DataError: the directory is not as above; a split or a class is empty; or an image does not decode.
+        DataError: the directory is not as above; a split or a class is empty; an image does not decode, or two splits share it.
         ValueError: size is below 1, or channels is neither 1 nor 3.
     """
     check_count("size", size)
@@ -119,9 +119,15 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
-    files = list(classes.values())
+    names, files, seen = list(classes), list(classes.values()), {}
 
     def read(number: int) -> np.ndarray:
-        return np.stack([decode(file, size=size, channels=channels, name=file) for file in files[number]])
+        images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files[number]])
+        for file, image in zip(files[number], images, strict=True) if "/" in names[number] else ():
+            part = names[number].split("/")[0]
+            other_part, other = seen.setdefault(hashlib.sha256(image).digest(), (part, file))  # by several threads
+            if other_part != part:
+                raise DataError(f"one image is both in {part} and in {other_part}: {file} and {other}. Delete one of them.")
+        return images
 
     return Source(tuple(classes), tuple(map(len, files)), (size, size, channels), read)

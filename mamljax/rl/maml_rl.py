@@ -10,13 +10,13 @@ import optax
 from jax import Array, lax
 
 from mamljax import gaussian
-from mamljax.checks import check_count
+from mamljax.checks import check_count, check_optimiser
 from mamljax.devices import divide
 from mamljax.inner import adapt
 from mamljax.rl.advantages import masked_mean
 from mamljax.rl.collect import Batch, CollectFn
 from mamljax.rl.trpo import TrustRegionState
-from mamljax.rules import Rule, as_rule
+from mamljax.rules import Rule, rule_for
 from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
 
 Differentiation = Literal["reverse", "first_order"]
@@ -79,8 +79,8 @@ def maml_rl(
         check_count("chunk_size", chunk_size)
     if differentiation not in get_args(Differentiation):
         raise ValueError(f"differentiation must be one of {get_args(Differentiation)}, got {differentiation!r}.")
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    rule = as_rule(rule, shapes, differentiable=inner_steps > 0 and differentiation != "first_order")
+    check_optimiser(tx)
+    rule = rule_for(model, rule, differentiable=inner_steps > 0 and differentiation != "first_order")
     tx = optax.with_extra_args_support(tx)
     judged_from = min(1, inner_steps) if multi_step_loss else inner_steps
 

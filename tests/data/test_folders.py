@@ -135,7 +135,16 @@ def break_missing_split(directory):
         (directory / split).mkdir()
 
 
+def break_shared_image(directory):
+    for number, split in enumerate(("train", "val", "test")):
+        fill(directory / split, {f"{split}{number}": FLAT["cat"][: number + 1]})
+    for name in FLAT:
+        shutil.rmtree(directory / name)
+    shutil.copy(directory / "train" / "train0" / "x.png", directory / "test" / "test2" / "again.png")
+
+
 BREAKS = {
+    break_shared_image: r"one image is both in (train and in test|test and in train): .*(x|again).png and .*\.png. Delete one",
     break_missing_split: r"flat holds train and test, but no val. Divide the class folders among all three",
     break_missing: r"cannot read .*flat: No such file or directory. Pass the directory of the class folders with --data-dir",
     break_no_folders: r"flat holds no class folders. Put a folder with images of each class into it, or into train, val and",

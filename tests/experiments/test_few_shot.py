@@ -277,11 +277,14 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--ways", 4], "the val split of folder: 4-way episodes need 4 classes, but there are 3. Lower ways"),
+        (["--ways", 4], "the val split, 3 of 12 classes: 4-way episodes need 4 classes, but there are 3. Lower ways"),
         (
             ["--shots", 5],
             "train split need 7 images of each class, support and query images together, but some have fewer: train/class0 6",
         ),
+        (["--ways", 1], "--ways must be a whole number of at least 2, got 1. One class cannot be told from itself."),
+        (["--test-steps", 5], "--eval-steps must be at least --test-steps, 5, got 4."),
+        (["--devices", 1, "--num-tasks", 3, "--chunk-size", 2], "chunk_size must divide"),
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--method", "maml", "meta_lstm", "--inner-lr", 2], "--method meta_lstm needs an --inner-lr below 1, got 2.0"),
@@ -546,6 +549,11 @@ def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
     claim_directory(tmp_path / "other", {"experiment": "sinusoid"})
     assert "is no output directory of few_shot.py (it is of another experiment)" in error(
         tmp_path / "other", support, query, out
+    )
+    hint = f"Give {finished} and --method maml."
+    assert hint in error(finished / "checkpoints" / "maml", support, query, out)
+    assert "the probabilities are not finite after 2 steps. Lower --inner-lr" in error(
+        finished, support, query, out, "--inner-lr", 1e38
     )
     assert "--steps must be a whole number of at least 1, got 0" in error(finished, support, query, out, "--steps", 0)
     assert "Give --inner-lr" in error(finished, support, query, out, "--method", "pretrained")

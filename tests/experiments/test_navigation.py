@@ -70,7 +70,7 @@ def test_rows(finished):
     normalised = {row.step: row.mean for row in rows if row.metric == "normalised return"}
     assert normalised.keys() == {0, 1, 2}
     assert np.isfinite(list(normalised.values())).all()
-    assert returns["maml", 1].published == -11.68
+    assert {row.published for row in rows} == {None}  # of returns over so few steps
     assert all(returns[method, 1].note in ("step size 0.01", "step size 0.1") for method in ("random", "pretrained"))
     assert returns["maml", 1].note == ""
     assert [returns[method, 0].meta_updates for method in ("maml", "random", "oracle")] == [4, 0, 4]
@@ -140,7 +140,8 @@ def test_every_method_can_be_built(method):
     assert jax.tree.structure(after) == jax.tree.structure(state)
 
 
-def test_a_context_is_adapted_and_the_network_is_not(tmp_path):
+def test_a_context_is_adapted_and_the_network_is_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(navigation.Options, "horizon", 4)  # published returns are of so many steps
     assert main("--out", tmp_path, "--method", "context", "--context-size", 3) == 0
     rows = report.read_results(tmp_path / "results.json")["rows"]
     assert [row.published for row in rows if row.metric == "return"] == [-42.42, -13.9, -5.17]

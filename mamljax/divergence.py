@@ -1,0 +1,41 @@
+"""Divergence: what is no longer finite is said at once, and never saved."""
+
+import jax
+import numpy as np
+
+from mamljax.types import Metrics, State
+
+
+class DivergenceError(FloatingPointError):
+    """A metric, such as the loss or the meta-gradient's norm, or a parameter is no longer finite."""
+
+
+def finite_means(metrics: Metrics, state: State, done: int, stop: int, where: str) -> dict[str, float]:
+    """The mean of each metric over some updates; raises `DivergenceError` if one is not finite, or the state after them."""
+    metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
+    _check_finite(metrics, done, where)
+    _check_params(state, stop, where)
+    return {name: float(values.mean()) for name, values in metrics.items()}
+
+
+def _check_params(state: State, done: int, where: str) -> None:
+    for path, leaf in jax.tree.leaves_with_path(state.params):
+        if not np.isfinite(leaf).all():
+            name = "params" + jax.tree_util.keystr(path)
+            raise DivergenceError(f"{name} is no longer finite after meta-update {done}{where}. Lower the outer step size.")
+
+
+def _check_finite(metrics: dict[str, np.ndarray], done: int, where: str) -> None:
+    for name, values in metrics.items():
+        bad = np.argwhere(~np.isfinite(values))
+        if len(bad):
+            *seed, offset = bad[bad[:, -1].argmin()]
+            seeds = f" of seed number {seed[0]}" if len(values) > 1 and seed else ""
+            update = done + offset + 1
+            remedy = "Lower the inner or the outer step size, or clip the meta-gradient."
+            if update == 1:
+                remedy = (
+                    "Look for values that are not finite in the data, and for labels that do not count from 0 or are more than "
+                    f"the outputs. {remedy}"
+                )
+            raise DivergenceError(f"{name}{seeds} became {values[(*seed, offset)]} at meta-update {update}{where}. {remedy}")
