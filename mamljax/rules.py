@@ -201,7 +201,8 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
         rule: what the others follow, a step size or an Optax transformation.
 
     Raises:
-        ValueError: the step size is not positive and finite; where it is used, a name that no parameter and no layer has.
+        ValueError: the step size is not positive and finite; where it is used, a name that no parameter and no layer has, or
+            names that leave nothing to adapt.
 
     >>> params = {"Dense_0": {"kernel": jnp.ones(2)}, "Norm_0": {"shift": jnp.ones(2)}}
     >>> rule = all_but(["shift"], 0.5)
@@ -211,7 +212,10 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
     frozen = {frozen} if isinstance(frozen, str) else {*frozen}
 
     def labels(params: PyTree) -> PyTree:
-        return jax.tree.map(lambda named: "frozen" if named else "adapted", _named(frozen, params))
+        named = _named(frozen, params)
+        if frozen and all(jax.tree.leaves(named)):
+            raise ValueError(f"{sorted(frozen)} are all the parameters there are. Leave some to adapt.")
+        return jax.tree.map(lambda named: "frozen" if named else "adapted", named)
 
     adapted = as_rule(rule, {}, differentiable=False)  # whoever uses it checks its derivatives
     return optax.partition({"frozen": optax.set_to_zero(), "adapted": adapted}, labels)

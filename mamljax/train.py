@@ -189,7 +189,8 @@ def _compile(learner: MetaLearner, sample: SampleFn, key: Array, num_tasks: int,
 
 def _progress_bar(label: str, done: int, total: int, *, shown: bool) -> tqdm:
     seldom = 0.2 if sys.stderr.isatty() else 5.0  # seconds; a log file gets few lines
-    return tqdm(total=total, initial=done, desc=label, unit="update", disable=not shown, mininterval=seldom)
+    bar = {"total": total, "initial": done, "desc": label, "unit": "update", "postfix": "compiling" if done < total else None}
+    return tqdm(**bar, disable=not shown, mininterval=seldom)
 
 
 def read_best(learner: MetaLearner, directory: str | Path, *, seed: int | None = None) -> State:

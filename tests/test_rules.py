@@ -233,6 +233,12 @@ def test_all_but_refuses_a_name_that_nothing_has():
         maml(mlp(1, (4,), 1), mse, rule=all_but(("bias", "scale"), 0.5), inner_steps=1, eval_steps=1, tx=optax.adam(1e-3))
 
 
+def test_all_but_leaves_something_to_adapt():
+    rule = all_but(["a", "b"], 0.1)
+    with pytest.raises(ValueError, match=r"\['a', 'b'\] are all the parameters there are. Leave some to adapt"):
+        rule.init(PARAMS)
+
+
 def test_all_but_checks_its_step_size():
     with pytest.raises(ValueError, match="positive and finite"):
         all_but(("shift",), -1.0)

@@ -486,6 +486,7 @@ def test_progress_line(capfd):
     train(progress=True, label="maml")
     err = capfd.readouterr().err
     assert "maml: 100%" in err
+    assert "compiling" in err
     assert "loss=" in err
     assert "update/s" in err
 
