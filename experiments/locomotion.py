@@ -98,9 +98,8 @@ def execute(options: Options, run: runner.Run) -> None:
         env = locomotion(options.task, protocol=options.protocol, engine=options.engine)
     except ImportError as error:
         raise ValueError(str(error)) from error
-    published = PUBLISHED[options.task] if options.protocol == "paper" and options.horizon == Options.horizon else {}
     trained = reinforcement.run_methods(
-        options, run, env, setting=options.task, protocol=options.protocol, published=published, source=SOURCE
+        options, run, env, setting=options.task, protocol=options.protocol, published=PUBLISHED[options.task], source=SOURCE
     )
     if options.horizon < STRIP_FRAMES:
         print(f"no strip of frames: it has {STRIP_FRAMES}, and --horizon is {options.horizon}", file=sys.stderr)

@@ -69,9 +69,8 @@ PRESETS = {"multi_step": MULTI_STEP, "paper": Options(), "quick": QUICK}
 def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test tasks, draw the figures."""
     env = navigation(reward=REWARDS[options.protocol])
-    published = PUBLISHED if options.protocol == "paper" and options.horizon == Options.horizon else {}
     trained = reinforcement.run_methods(
-        options, run, env, setting="navigation", protocol=options.protocol, published=published, source=SOURCE
+        options, run, env, setting="navigation", protocol=options.protocol, published=PUBLISHED, source=SOURCE
     )
     draw_paths(options, env, trained, options.out / "paths.png")
 

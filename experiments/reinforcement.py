@@ -120,12 +120,15 @@ def run_methods(
         env: the environment.
         setting: what the results are of, "navigation" for example.
         protocol: the rules under which they were measured.
-        published: mean return by adaptation step, for each method that has one.
+        published: mean return by adaptation step, for each method that has one; of the paper's protocol and horizon, and so
+            left out beside results of others.
         source: where the published numbers are from.
 
     Returns:
         Every method that was trained at all.
     """
+    if protocol != "paper" or options.horizon != type(options).horizon:
+        published = {}
     trained = {}
     for method in options.method:
         states, num_updates = train(method, options, run, env)

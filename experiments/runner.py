@@ -58,7 +58,7 @@ class Options:
     log_every: int = 500
     """Meta-updates between lines of metrics.jsonl; also those of one compiled call."""
     validate_every: int = 5_000
-    """Meta-updates between validations."""
+    """Meta-updates between validations; there is one more after the last."""
     checkpoint_seconds: float = 10.0
     """Seconds between checkpoints."""
     tensorboard: bool = False
@@ -132,8 +132,8 @@ class Run:
         return result
 
     def evaluating(self, method: str, num_tasks: int) -> contextlib.AbstractContextManager:
-        """Say that it begins, as it may take minutes. Within this context `evaluate` divides its tasks among the devices of
-        this process; several processes each do all."""
+        """Announce the evaluation of a method, which may take minutes. Within this context `evaluate` divides its tasks among
+        the devices of this process; several processes each do all."""
         if is_first_host():
             print(f"{method}: evaluation on {num_tasks:,} test tasks", file=sys.stderr)
         return on(self.mesh if jax.process_count() == 1 else None)

@@ -11,7 +11,7 @@ from mamljax.checks import check_count, check_task
 from mamljax.inner import Differentiation
 from mamljax.maml import fine_tune, maml
 from mamljax.outer import meta_learner
-from mamljax.rules import Rule, as_rule
+from mamljax.rules import Rule
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 
@@ -65,7 +65,6 @@ def maml_plus_plus(
     shared = {"tx": tx, "chunk_size": chunk_size}
     adaptation = {"inner_steps": inner_steps, "eval_steps": eval_steps, "differentiation": differentiation}
     plain = maml(model, loss_fn, rule=rule, metric_fns=metric_fns, **adaptation, **shared)
-    rule = as_rule(rule, {}, differentiable=False)  # `maml` has checked it
     how = {"differentiation": differentiation, "unroll_first": chunk_size != 1}
 
     def weighted_loss(params: PyTree, task_and_weights: tuple[Task, Array]) -> Array:
