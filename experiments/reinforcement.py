@@ -19,7 +19,7 @@ from mamljax.models import gaussian_policy, with_context
 from mamljax.record import read_metrics
 from mamljax.rl.collect import CollectFn, collector
 from mamljax.rl.environment import Environment
-from mamljax.rl.maml_rl import maml_rl
+from mamljax.rl.maml_rl import InnerObjective, maml_rl
 from mamljax.rl.observed import with_task_observed
 from mamljax.rl.trpo import HessianVectorProduct, trpo
 from mamljax.rules import all_but
@@ -59,6 +59,9 @@ class Options(runner.Options):
     """Step size of adaptation, halved after the first step."""
     inner_steps: int = 1
     """Adaptation steps in training."""
+    inner_objective: InnerObjective = "log_prob"
+    """How the meta-gradient sees an adaptation step: as the gradient of log-probabilities, as in the paper, or as that of
+    likelihood ratios, which gives credit for what the policy before adaptation explores (Rothfuss et al. 2019)."""
     multi_step_loss: bool = False
     """Judge the policy in training after every one of the adaptation steps, by the sum of its returns, not after the last
     alone."""
@@ -171,6 +174,7 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
         inner_steps=options.inner_steps if method in ADAPTING else 0,
         eval_steps=options.eval_steps if method in ADAPTING else 0,
         tx=outer_optimiser(options),
+        inner_objective=options.inner_objective,
         multi_step_loss=options.multi_step_loss,
         differentiation="first_order" if method == "fomaml" else "reverse",
         chunk_size=runner.tasks_at_a_time(options),

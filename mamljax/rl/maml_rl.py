@@ -20,6 +20,7 @@ from mamljax.rules import Rule, rule_for
 from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
 
 Differentiation = Literal["reverse", "first_order"]
+InnerObjective = Literal["log_prob", "likelihood_ratio"]
 
 
 def maml_rl(
@@ -30,6 +31,7 @@ def maml_rl(
     inner_steps: int,
     eval_steps: int,
     tx: optax.GradientTransformation,
+    inner_objective: InnerObjective = "log_prob",
     multi_step_loss: bool = False,
     differentiation: Differentiation = "reverse",
     chunk_size: int | None = None,
@@ -53,6 +55,10 @@ def maml_rl(
         eval_steps: adaptation steps in evaluation.
         tx: the outer optimiser, `trpo.trpo(0.01)` in the paper; it gets the extra arguments described there. With any other,
             such as Adam, this is vanilla policy gradient. (Optax's line searches refuse these arguments.)
+        inner_objective: as the gradient of what a step is differentiated. The "log_prob" above is the paper's. Of the
+            "likelihood_ratio" $\frac1n \sum_t A_t \pi_\theta(a_t | s_t) / \pi_{old}(a_t | s_t)$ the gradient is the same, and
+            its derivative another: that counts, too, that another policy would have gathered other trajectories to learn from
+            (the low-variance curvature of Rothfuss et al. 2019, arXiv 1810.06784), for which the paper's gives no credit.
         multi_step_loss: whether the policy is judged after every one of the S steps, as Antoniou et al. 2019 (MAML++) do in
             classification, and not after the last alone. What is maximised is then the sum of the returns: each step's
             advantages, standardised for themselves, count by the standard deviation that they had.
@@ -71,7 +77,7 @@ def maml_rl(
 
     Raises:
         ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients, an
-            unknown `differentiation`.
+            unknown `differentiation` or `inner_objective`.
     """
     check_count("inner_steps", inner_steps, minimum=0)
     check_count("eval_steps", eval_steps, minimum=0)
@@ -79,17 +85,20 @@ def maml_rl(
         check_count("chunk_size", chunk_size)
     if differentiation not in get_args(Differentiation):
         raise ValueError(f"differentiation must be one of {get_args(Differentiation)}, got {differentiation!r}.")
+    if inner_objective not in get_args(InnerObjective):
+        raise ValueError(f"inner_objective must be one of {get_args(InnerObjective)}, got {inner_objective!r}.")
     check_optimiser(tx)
     rule = rule_for(model, rule, differentiable=inner_steps > 0 and differentiation != "first_order")
     tx = optax.with_extra_args_support(tx)
     judged_from = min(1, inner_steps) if multi_step_loss else inner_steps
+    inner_loss = {"log_prob": reinforce_loss, "likelihood_ratio": likelihood_ratio_loss}[inner_objective]
 
     def adapt_to_all(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
         keys, tasks = keys_and_tasks
         return jax.vmap(partial(collect_and_adapt, model, collect, rule, inner_steps), (0, None, 0))(keys, params, tasks)
 
     def act_in_all(params: PyTree, batches: Batch) -> tuple[Array, Array]:
-        act_in_one = partial(_act_adapted, model, rule, judged_from, differentiation, params)
+        act_in_one = partial(_act_adapted, model, partial(inner_loss, model), rule, judged_from, differentiation, params)
         # One alone, not a batch of one, whose products take longer.
         batch_size = None if chunk_size == 1 else chunk_size or len(batches.spread)
         return lax.map(act_in_one, batches, batch_size=batch_size)
@@ -158,6 +167,7 @@ def _outer_arguments(actions_of: Callable[[PyTree], tuple[Array, Array]], judged
 
 def _act_adapted(
     model: Model,
+    inner_loss: Callable[[PyTree, Batch], Array],
     rule: optax.GradientTransformation,
     judged_from: int,
     differentiation: Differentiation,
@@ -166,7 +176,7 @@ def _act_adapted(
 ) -> tuple[Array, Array]:
     """What the policies do that are judged, each in the states of its own batch: mean and log-std, [J, T, E, a]."""
     before = jax.tree.map(lambda leaf: leaf[:-1], batches)
-    _, path = adapt(partial(reinforce_loss, model), params, before, rule, differentiation=differentiation)
+    _, path = adapt(inner_loss, params, before, rule, differentiation=differentiation)
     policies, judges = jax.tree.map(lambda leaf: leaf[judged_from:], (path, batches))
     return jax.vmap(partial(act, model))(policies, judges)
 
@@ -215,6 +225,11 @@ def reinforce_loss(model: Model, params: PyTree, batch: Batch) -> Array:
     acted = batch.trajectories
     log_prob = gaussian.log_prob(acted.actions, *act(model, params, batch))
     return -masked_mean(log_prob * batch.advantages, acted.mask)
+
+
+def likelihood_ratio_loss(model: Model, params: PyTree, batch: Batch) -> Array:
+    """The `surrogate_loss` of a policy, whose gradient where it is the one that acted is that of REINFORCE, []."""
+    return surrogate_loss(batch, act(model, params, batch))
 
 
 def surrogate_loss(batch: Batch, actions: tuple[Array, Array]) -> Array:

@@ -11,12 +11,21 @@ import optax
 import pytest
 from battery import KEY, equal
 
+from mamljax import gaussian
 from mamljax.checkpoint import Checkpoints
 from mamljax.devices import on, place, task_mesh
 from mamljax.inner import adapt
 from mamljax.rl.collect import collector
 from mamljax.rl.environment import Environment, Step
-from mamljax.rl.maml_rl import act, collect_and_adapt, divergence, maml_rl, reinforce_loss, surrogate_loss
+from mamljax.rl.maml_rl import (
+    act,
+    collect_and_adapt,
+    divergence,
+    likelihood_ratio_loss,
+    maml_rl,
+    reinforce_loss,
+    surrogate_loss,
+)
 from mamljax.rl.observed import with_task_observed
 from mamljax.rl.trpo import TrustRegionState, hessian_vector_product, trpo
 from mamljax.types import Model
@@ -239,6 +248,51 @@ def test_first_order_is_another_gradient_and_another_product(second_order):
         assert difference > 1e-2 * jnp.abs(second_order[name]).max(), name
 
 
+def test_likelihood_ratios_give_the_same_step_with_the_curvature_of_what_acts(batches):
+    """The Hessians differ by the mean of A s s^T, s the score of an action: how its probability changes what is gathered."""
+    params, found = batches
+    batch = jax.tree.map(lambda leaf: leaf[0], found)
+    flat, unravel = jax.flatten_util.ravel_pytree(params)
+
+    def log_prob(flat):
+        return gaussian.log_prob(batch.trajectories.actions, *act(MODEL, unravel(flat), batch))
+
+    @jax.jit
+    def run(flat):
+        of = {fn: lambda flat, fn=fn: fn(MODEL, unravel(flat), batch) for fn in (reinforce_loss, likelihood_ratio_loss)}
+        scores = jax.jacobian(log_prob)(flat).reshape(-1, flat.size)  # no step is masked here
+        outer = jnp.einsum("n,ni,nj->ij", batch.advantages.reshape(-1), scores, scores) / len(scores)
+        return [jax.grad(fn)(flat) for fn in of.values()], [jax.hessian(fn)(flat) for fn in of.values()], outer
+
+    gradients, (plain, credited), outer = run(flat)
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-6)
+    assert jnp.abs(outer).max() > 0.1 * jnp.abs(plain).max()
+    np.testing.assert_allclose(credited, plain - outer, atol=1e-4 * jnp.abs(plain).max())
+
+
+def test_the_meta_gradient_is_through_steps_on_likelihood_ratios(second_order):
+    """Written out, on the batches that an update with the same key gathers."""
+    found = derivatives("reverse", in_other_ways=("exact",), inner_objective="likelihood_ratio")
+    np.testing.assert_allclose(found["product"], found["exact"], atol=1e-4 * jnp.abs(found["exact"]).max())
+
+    @jax.jit
+    def written_out(params):
+        gather = functools.partial(collect_and_adapt, MODEL, COLLECT, optax.sgd(0.3), 1)
+        batches = jax.vmap(gather, (0, None, 0))(jax.random.split(KEY, 6), params, tasks_from(0))
+
+        def loss(params, batches):
+            batch, judge = (jax.tree.map(lambda leaf, step=step: leaf[step], batches) for step in range(2))
+            gradient = jax.grad(functools.partial(likelihood_ratio_loss, MODEL))(params, batch)
+            adapted = jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, params, gradient)
+            return surrogate_loss(judge, act(MODEL, adapted, judge))
+
+        grads = jax.grad(lambda params: jax.vmap(loss, (None, 0))(params, batches).mean())(params)
+        return jax.flatten_util.ravel_pytree(grads)[0]
+
+    np.testing.assert_allclose(found["gradient"], written_out(MODEL.init(KEY)), rtol=1e-3, atol=1e-5)
+    assert jnp.abs(found["gradient"] - second_order["gradient"]).max() > 1e-2 * jnp.abs(found["gradient"]).max()
+
+
 def test_losses_and_divergence_are_of_steps_within_trajectories_alone():
     """Against NumPy, for a policy that has moved, on made-up steps of which a third lies behind an end."""
     rng = np.random.default_rng(0)
@@ -314,6 +368,7 @@ def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
         ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
         ({"rule": 0.0}, "the inner step size must be positive and finite, got 0.0"),
         ({"rule": optax.adam(0.1)}, "the inner rule has no finite derivative"),
+        ({"inner_objective": "ratio"}, "inner_objective must be one of ('log_prob', 'likelihood_ratio'), got 'ratio'"),
         ({"differentiation": "mixed"}, "differentiation must be one of ('reverse', 'first_order'), got 'mixed'"),
     ],
 )
