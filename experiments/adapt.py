@@ -79,6 +79,7 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     queries = images_in(options.query)
     labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
     support = Examples(load([file for of_class in files for file in of_class], run), labels)
+    images = load(queries, run)
 
     set_precision(run)
     trained = read_trained(options.checkpoint / "checkpoints" / options.method, run.ways)
@@ -88,7 +89,7 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     def logits(x: jax.Array) -> jax.Array:
         return network.apply(adapted, jnp.concatenate([support.x, x[None]]))[-1]
 
-    probabilities = jax.nn.softmax(jax.lax.map(logits, load(queries, run)))
+    probabilities = jax.nn.softmax(jax.lax.map(logits, images))
     if not jnp.isfinite(probabilities).all():
         raise ValueError(
             f"adaptation diverged: the probabilities are not finite after {steps} steps. Lower --inner-lr or --steps."

@@ -22,7 +22,7 @@ from mamljax import report
 from mamljax.inner import adapt
 from mamljax.rl.environment import Environment
 from mamljax.rl.locomotion import locomotion
-from mamljax.rl.maml_rl import reinforce_loss
+from mamljax.rl.maml_rl import InnerObjective, reinforce_loss
 from mamljax.rl.rendering import RenderingError, render_strip
 from mamljax.types import PyTree
 
@@ -60,10 +60,14 @@ Problem = Literal["half_cheetah_velocity", "half_cheetah_direction", "ant_veloci
 
 @dataclasses.dataclass(frozen=True)
 class Options(reinforcement.Options):
-    """Half-cheetah and ant with a velocity or a direction, by default as in the code of the paper's authors (section 5.3)."""
+    """Half-cheetah and ant with a velocity or a direction.
+
+    Tasks, trajectories and steps are those of the paper's authors (section 5.3), --gae-lambda, --inner-objective and --max-kl
+    what half-cheetah learns much more with here; theirs are 1, log_prob and 0.01.
+    """
 
     preset: Problem = "half_cheetah_velocity"
-    """The robot and what it is to do, with the paper's values for all options below and above."""
+    """The robot and what it is to do, with values for all options below and above."""
     task: tyro.conf.Suppress[tyro.conf.Fixed[Problem]] = "half_cheetah_velocity"
     """The robot and what it is to do, as the preset says."""
     protocol: Literal["paper", "gymnasium"] = "paper"
@@ -75,20 +79,22 @@ class Options(reinforcement.Options):
     out: Path = Path("out/half_cheetah_velocity")
     num_tasks: int = 40
     horizon: int = 200
+    gae_lambda: float = 0.95
+    inner_objective: InnerObjective = "likelihood_ratio"
+    max_kl: float = 0.02
     tuning_lrs: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-    validate_every: int = 50
 
 
-def paper(task: Problem, **differences: float) -> Options:
-    """The paper's values for a task, in a directory of its own."""
+def preset(task: Problem, **differences: float) -> Options:
+    """The values for a task, in a directory of its own."""
     return Options(preset=task, task=task, out=Path("out") / task, **differences)
 
 
 PRESETS = {
-    "half_cheetah_velocity": paper("half_cheetah_velocity"),
-    "half_cheetah_direction": paper("half_cheetah_direction", max_kl=0.02),  # the published run's bound
-    "ant_velocity": paper("ant_velocity"),
-    "ant_direction": paper("ant_direction", trajectories=40, eval_trajectories=40),
+    "half_cheetah_velocity": preset("half_cheetah_velocity"),
+    "half_cheetah_direction": preset("half_cheetah_direction"),
+    "ant_velocity": preset("ant_velocity"),
+    "ant_direction": preset("ant_direction", trajectories=40, eval_trajectories=40),
 }
 
 

@@ -203,7 +203,9 @@ def test_bad_options(tmp_path, capsys, arguments, message):
 
 def test_presets_and_help(capsys):
     default = runner.parse(navigation.PRESETS, [])
-    assert (default.inner_steps, default.multi_step_loss, default.protocol) == (3, True, "paper")
+    assert (default.inner_steps, default.inner_objective, default.protocol) == (1, "likelihood_ratio", "paper")
+    multi_step = runner.parse(navigation.PRESETS, ["--preset", "multi_step"])
+    assert (multi_step.inner_steps, multi_step.multi_step_loss, multi_step.inner_objective) == (3, True, "log_prob")
     paper = runner.parse(navigation.PRESETS, ["--preset", "paper"])
     settings = (
         paper.inner_steps,
@@ -215,7 +217,7 @@ def test_presets_and_help(capsys):
         paper.max_kl,
     )
     assert settings == (1, 100, 20, 20, 100, 0.5, 0.01)
-    assert not paper.multi_step_loss
+    assert (paper.multi_step_loss, paper.inner_objective, paper.gae_lambda) == (False, "log_prob", 1.0)
     assert runner.parse(navigation.PRESETS, ["--preset", "quick"]).steps < 100
     assert len({options.out for options in navigation.PRESETS.values()}) == len(navigation.PRESETS)
     with pytest.raises(SystemExit) as stop:
