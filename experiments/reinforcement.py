@@ -50,7 +50,7 @@ class Options(runner.Options):
     discount: float = 0.99
     """Discount factor, by environment step."""
     gae_lambda: float = 1.0
-    """Lambda of generalised advantage estimation."""
+    """Lambda of generalised advantage estimation; 1 in the paper."""
     hidden_sizes: tuple[int, ...] = (100, 100)
     """Units of each hidden layer of the policy."""
     context_size: int = 10
@@ -60,8 +60,8 @@ class Options(runner.Options):
     inner_steps: int = 1
     """Adaptation steps in training."""
     inner_objective: InnerObjective = "log_prob"
-    """How the meta-gradient sees an adaptation step: as the gradient of log-probabilities, as in the paper, or as that of
-    likelihood ratios, which gives credit for what the policy before adaptation explores (Rothfuss et al. 2019)."""
+    """What an adaptation step is the gradient of, when the meta-gradient goes through it: log-probabilities, as in the authors'
+    code, or likelihood ratios, which give credit for what the policy does before adaptation (Rothfuss et al. 2019)."""
     multi_step_loss: bool = False
     """Judge the policy in training after every one of the adaptation steps, by the sum of its returns, not after the last
     alone."""

@@ -55,10 +55,12 @@ def maml_rl(
         eval_steps: adaptation steps in evaluation.
         tx: the outer optimiser, `trpo.trpo(0.01)` in the paper; it gets the extra arguments described there. With any other,
             such as Adam, this is vanilla policy gradient. (Optax's line searches refuse these arguments.)
-        inner_objective: as the gradient of what a step is differentiated. The "log_prob" above is the paper's. Of the
-            "likelihood_ratio" $\frac1n \sum_t A_t \pi_\theta(a_t | s_t) / \pi_{old}(a_t | s_t)$ the gradient is the same, and
-            its derivative another: that counts, too, that another policy would have gathered other trajectories to learn from
-            (the low-variance curvature of Rothfuss et al. 2019, arXiv 1810.06784), for which the paper's gives no credit.
+        inner_objective: what an adaptation step is the gradient of, when the meta-gradient goes through it. "log_prob", above,
+            as in the authors' code: the actions before the step count as given. "likelihood_ratio", $\frac1n \sum_t A_t
+            \pi_\theta(a_t | s_t) / \pi_{old}(a_t | s_t)$, whose gradient is the same where the policy is the one that acted:
+            its derivative counts that another policy takes these actions more or less often, though with their advantages as
+            constants (the low-variance curvature of Rothfuss et al. 2019, arXiv 1810.06784). In first order the meta-gradient
+            is the same with either.
         multi_step_loss: whether the policy is judged after every one of the S steps, as Antoniou et al. 2019 (MAML++) do in
             classification, and not after the last alone. What is maximised is then the sum of the returns: each step's
             advantages, standardised for themselves, count by the standard deviation that they had.
@@ -228,7 +230,7 @@ def reinforce_loss(model: Model, params: PyTree, batch: Batch) -> Array:
 
 
 def likelihood_ratio_loss(model: Model, params: PyTree, batch: Batch) -> Array:
-    """The `surrogate_loss` of a policy, whose gradient where it is the one that acted is that of REINFORCE, []."""
+    """The `surrogate_loss` of these parameters, []; where they are those that acted, its gradient is that of REINFORCE."""
     return surrogate_loss(batch, act(model, params, batch))
 
 

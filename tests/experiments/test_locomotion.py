@@ -1,5 +1,6 @@
 """The locomotion experiment at tiny size."""
 
+import json
 import sys
 
 import jax
@@ -11,6 +12,7 @@ import reinforcement
 import runner
 
 from mamljax import report
+from mamljax.checkpoint import CheckpointError
 from mamljax.rl.locomotion import TASKS
 from mamljax.rl.rendering import RenderingError
 from mamljax.types import State
@@ -68,13 +70,26 @@ def test_presets():
     for task, options in locomotion.PRESETS.items():
         assert (options.preset, options.task, options.out.name) == (task, task, task)
         assert (options.num_tasks, options.horizon, options.inner_lr, options.eval_steps) == (40, 200, 0.1, 3)
-        assert (options.gae_lambda, options.inner_objective, options.max_kl) == (0.95, "likelihood_ratio", 0.02)
+        gae_lambda = 0.95 if task == "half_cheetah_direction" else 0.98
+        assert (options.gae_lambda, options.inner_objective, options.max_kl) == (gae_lambda, "likelihood_ratio", 0.02)
     assert runner.parse(locomotion.PRESETS, ["--preset", "ant_direction"]).trajectories == 40
 
 
 @pytest.mark.parametrize(("task", "normalised"), list(zip(TASKS, (0.92, 0.70, 0.93, 0.95), strict=True)))
 def test_published_numbers(task, normalised):
     assert reinforcement.normalised_published("maml", locomotion.PUBLISHED[task])[3] == normalised
+
+
+def test_a_run_from_before_the_inner_objective_goes_on_as_it_began(tmp_path):
+    options = runner.parse(locomotion.PRESETS, ["--out", str(tmp_path), "--inner-objective", "log_prob"])
+    runner.Run("locomotion", options)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["inner_objective"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "checkpoints" / "maml" / "steps" / "5").mkdir(parents=True)  # it has trained
+    runner.Run("locomotion", options)
+    with pytest.raises(CheckpointError, match="inner_objective"):
+        runner.Run("locomotion", runner.parse(locomotion.PRESETS, ["--out", str(tmp_path)]))
 
 
 def test_an_unknown_task(tmp_path, capsys):

@@ -259,10 +259,10 @@ def test_likelihood_ratios_give_the_same_step_with_the_curvature_of_what_acts(ba
 
     @jax.jit
     def run(flat):
-        of = {fn: lambda flat, fn=fn: fn(MODEL, unravel(flat), batch) for fn in (reinforce_loss, likelihood_ratio_loss)}
+        losses = [lambda flat, fn=fn: fn(MODEL, unravel(flat), batch) for fn in (reinforce_loss, likelihood_ratio_loss)]
         scores = jax.jacobian(log_prob)(flat).reshape(-1, flat.size)  # no step is masked here
         outer = jnp.einsum("n,ni,nj->ij", batch.advantages.reshape(-1), scores, scores) / len(scores)
-        return [jax.grad(fn)(flat) for fn in of.values()], [jax.hessian(fn)(flat) for fn in of.values()], outer
+        return [jax.grad(loss)(flat) for loss in losses], [jax.hessian(loss)(flat) for loss in losses], outer
 
     gradients, (plain, credited), outer = run(flat)
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-6)
@@ -270,27 +270,36 @@ def test_likelihood_ratios_give_the_same_step_with_the_curvature_of_what_acts(ba
     np.testing.assert_allclose(credited, plain - outer, atol=1e-4 * jnp.abs(plain).max())
 
 
-def test_the_meta_gradient_is_through_steps_on_likelihood_ratios(second_order):
-    """Written out, on the batches that an update with the same key gathers."""
-    found = derivatives("reverse", in_other_ways=("exact",), inner_objective="likelihood_ratio")
+def test_the_meta_gradient_is_through_steps_on_likelihood_ratios():
+    """Written out for two steps, each with the policy that acted before it, on the batches of an update with the same key."""
+    settings = {"inner_steps": 2, "inner_objective": "likelihood_ratio"}
+    found = derivatives("reverse", in_other_ways=("exact",), **settings)
     np.testing.assert_allclose(found["product"], found["exact"], atol=1e-4 * jnp.abs(found["exact"]).max())
+    assert abs(found["change"]) < 1e-6
 
     @jax.jit
     def written_out(params):
-        gather = functools.partial(collect_and_adapt, MODEL, COLLECT, optax.sgd(0.3), 1)
+        gather = functools.partial(collect_and_adapt, MODEL, COLLECT, optax.sgd(0.3), 2)
         batches = jax.vmap(gather, (0, None, 0))(jax.random.split(KEY, 6), params, tasks_from(0))
 
         def loss(params, batches):
-            batch, judge = (jax.tree.map(lambda leaf, step=step: leaf[step], batches) for step in range(2))
-            gradient = jax.grad(functools.partial(likelihood_ratio_loss, MODEL))(params, batch)
-            adapted = jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, params, gradient)
-            return surrogate_loss(judge, act(MODEL, adapted, judge))
+            *before, judge = (jax.tree.map(lambda leaf, step=step: leaf[step], batches) for step in range(3))
+            for batch in before:
+                gradient = jax.grad(functools.partial(likelihood_ratio_loss, MODEL))(params, batch)
+                params = jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, params, gradient)
+            return surrogate_loss(judge, act(MODEL, params, judge))
 
         grads = jax.grad(lambda params: jax.vmap(loss, (None, 0))(params, batches).mean())(params)
         return jax.flatten_util.ravel_pytree(grads)[0]
 
     np.testing.assert_allclose(found["gradient"], written_out(MODEL.init(KEY)), rtol=1e-3, atol=1e-5)
-    assert jnp.abs(found["gradient"] - second_order["gradient"]).max() > 1e-2 * jnp.abs(found["gradient"]).max()
+    on_log_probabilities = derivatives("reverse", inner_steps=2)["gradient"]
+    assert jnp.abs(found["gradient"] - on_log_probabilities).max() > 1e-2 * jnp.abs(found["gradient"]).max()
+
+
+def test_in_first_order_the_inner_objective_does_not_matter():
+    first, second = (derivatives("first_order", inner_objective=name) for name in ("log_prob", "likelihood_ratio"))
+    np.testing.assert_allclose(first["gradient"], second["gradient"], rtol=1e-4, atol=1e-6)
 
 
 def test_losses_and_divergence_are_of_steps_within_trajectories_alone():
