@@ -64,10 +64,11 @@ class Options:
 def build_learner(
     environment: Environment, tx: optax.GradientTransformation, *, trajectories: int, horizon: int
 ) -> MetaLearner:
-    """MAML with the paper's policy and one adaptation step."""
+    """MAML with the paper's policy and one adaptation step, its inner objective that of the locomotion presets."""
     policy = gaussian_policy(environment.observation_size, environment.action_size)
     collect = collector(policy, environment, horizon=horizon, trajectories=trajectories)
-    return maml_rl(policy, collect, rule=0.1, inner_steps=1, eval_steps=1, tx=tx, differentiation="reverse", chunk_size=1)
+    settings = {"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "inner_objective": "likelihood_ratio", "chunk_size": 1}
+    return maml_rl(policy, collect, tx=tx, **settings)
 
 
 def build_update(
