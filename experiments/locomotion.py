@@ -107,12 +107,12 @@ def execute(options: Options, run: runner.Run) -> None:
     )
     if options.horizon < STRIP_FRAMES:
         print(f"no strip of frames: it has {STRIP_FRAMES}, and --horizon is {options.horizon}", file=sys.stderr)
-    elif "maml" in trained:
-        draw_strip(options, env, trained["maml"], options.out / "strip.png")
+    elif drawn := trained.get("maml") or trained.get("promp"):
+        draw_strip(options, env, drawn, options.out / "strip.png")
 
 
 def draw_strip(options: Options, env: Environment, trained: Trained, path: Path) -> None:
-    """Draw the first seed's MAML policy before and after one step on a task; where nothing can render, say so and go on."""
+    """Draw the first seed's policy before and after one step on a task; where nothing can render, say so and go on."""
     task_key, key = jax.random.split(jax.random.key(TEST_SEED))
     task = env.sample_task(task_key)
     params = jax.tree.map(lambda leaf: leaf[0], trained.states.params)

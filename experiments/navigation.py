@@ -76,8 +76,8 @@ def execute(options: Options, run: runner.Run) -> None:
 
 
 def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trained], path: Path) -> None:
-    """Draw where the first seed's policies of MAML and of the pretrained baseline go, before and after adaptation."""
-    methods = [method for method in ("maml", "pretrained") if method in trained]
+    """Draw where the first seed's policies of MAML, ProMP and the pretrained baseline go, before and after adaptation."""
+    methods = [method for method in ("maml", "promp", "pretrained") if method in trained]
     if not methods:
         return
     figure = report.new_figure(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods))

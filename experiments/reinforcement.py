@@ -21,16 +21,17 @@ from mamljax.rl.collect import CollectFn, collector
 from mamljax.rl.environment import Environment
 from mamljax.rl.maml_rl import InnerObjective, maml_rl
 from mamljax.rl.observed import with_task_observed
+from mamljax.rl.promp import promp
 from mamljax.rl.trpo import HessianVectorProduct, trpo
 from mamljax.rules import all_but
 from mamljax.types import MetaLearner, Metrics, Model, State
 
-ADAPTING = ("maml", "fomaml", "context")  # in training already
+ADAPTING = ("maml", "fomaml", "promp", "context")  # in training already
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
 FIRST = "return of the first of the trajectories in a row"
 METRICS = ("return", "return_of_first", "unstable")
 TUNING_SEED, TEST_SEED = 1_000_001, 1_000_002
-Method = Literal["maml", "fomaml", "context", "pretrained", "random", "oracle"]
+Method = Literal["maml", "fomaml", "promp", "context", "pretrained", "random", "oracle"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Options(runner.Options):
     """Options of the reinforcement learning experiments."""
 
     method: tuple[Method, ...] = ("maml", "fomaml", "pretrained", "random", "oracle")
-    """Methods, trained in this order: MAML, first-order MAML, MAML that adapts nothing but a further input (context), one
-    policy for all tasks, an untrained one, and one that is told the task. The policies trained for all tasks or not at all
-    are fine-tuned with a step size tuned for them; the oracle is not fine-tuned."""
+    """Methods, trained in this order: MAML, first-order MAML, MAML by proximal steps (promp; Rothfuss et al. 2019), MAML that
+    adapts nothing but a further input (context), one policy for all tasks, an untrained one, and one that is told the task.
+    The policies trained for all tasks or not at all are fine-tuned with a step size tuned for them; the oracle is not
+    fine-tuned."""
     num_tasks: int = 20
     trajectories: int = 20
     """K, trajectories before and after each adaptation step in training. Where they end early further ones follow, so that
@@ -77,7 +79,13 @@ class Options(runner.Options):
     hvp: HessianVectorProduct = "exact"
     """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
     meta_lr: float = 0.001
-    """Adam: step size."""
+    """Adam: step size; of --method promp too."""
+    promp_steps: int = 5
+    """ProMP: steps of Adam on the trajectories of a meta-update."""
+    promp_clip: float = 0.3
+    """ProMP: how far from 1 the ratio of an action's probabilities may go and still gain."""
+    promp_kl_weight: float = 5e-4
+    """ProMP: weight of the divergence of the policy before adaptation, by nat."""
     chunk_size: int | None = None
     """Tasks differentiated at a time; by default one on a CPU, elsewhere all."""
     eval_tasks: int = 40
@@ -91,7 +99,7 @@ class Options(runner.Options):
     validate_every: int = 20
 
     free = (*runner.Options.free, "tuning_lrs", "chunk_size", "eval_trajectories")
-    may_be_zero = (*runner.Options.may_be_zero, "discount", "gae_lambda")
+    may_be_zero = (*runner.Options.may_be_zero, "discount", "gae_lambda", "promp_kl_weight")
 
 
 class Trained(NamedTuple):
@@ -167,17 +175,23 @@ def train(method: Method, options: Options, run: runner.Run, env: Environment) -
 def build_learner(method: Method, options: Options, env: Environment) -> MetaLearner:
     """A method by its name."""
     model, collect = policy_and_collector(method, options, env)
+    shared = {
+        "rule": rule_of(method, options.inner_lr),
+        "inner_steps": options.inner_steps if method in ADAPTING else 0,
+        "eval_steps": options.eval_steps if method in ADAPTING else 0,
+        "multi_step_loss": options.multi_step_loss,
+        "chunk_size": runner.tasks_at_a_time(options),
+    }
+    if method == "promp":
+        how = {"outer_steps": options.promp_steps, "clip": options.promp_clip, "kl_weight": options.promp_kl_weight}
+        return promp(model, collect, tx=optax.adam(options.meta_lr), **how, **shared)
     return maml_rl(
         model,
         collect,
-        rule=rule_of(method, options.inner_lr),
-        inner_steps=options.inner_steps if method in ADAPTING else 0,
-        eval_steps=options.eval_steps if method in ADAPTING else 0,
         tx=outer_optimiser(options),
         inner_objective=options.inner_objective,
-        multi_step_loss=options.multi_step_loss,
         differentiation="first_order" if method == "fomaml" else "reverse",
-        chunk_size=runner.tasks_at_a_time(options),
+        **shared,
     )
 
 

@@ -108,14 +108,14 @@ def maml_rl(
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
         batches = divide(adapt_to_all, state.params, (keys, tasks))
-        judged = jax.vmap(partial(_judged, judged_from))(batches)
-        extra = _outer_arguments(partial(divide, act_in_all, tasks=batches), judged, state.params)
+        judges = jax.vmap(partial(judged, judged_from))(batches)
+        extra = _outer_arguments(partial(divide, act_in_all, tasks=batches), judges, state.params)
         updates, opt = tx.update(extra["grad"], state.opt, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         known = isinstance(opt, TrustRegionState)  # from the line search
         surrogate, kl = (extra["value"] + opt.change, opt.kl) if known else extra["value_and_kl_fn"](params)
         metrics = {"surrogate": surrogate, "kl": kl, "grad_norm": optax.tree.norm(extra["grad"])}
-        return state._replace(params=params, opt=opt), {**_summary(batches), **metrics}
+        return state._replace(params=params, opt=opt), {**summary(batches), **metrics}
 
     def init(key: Array) -> State:
         params = model.init(key)
@@ -129,22 +129,22 @@ def maml_rl(
     return MetaLearner(init, update, evaluate)
 
 
-def _outer_arguments(actions_of: Callable[[PyTree], tuple[Array, Array]], judged: Batch, params: PyTree) -> dict[str, PyTree]:
+def _outer_arguments(actions_of: Callable[[PyTree], tuple[Array, Array]], judges: Batch, params: PyTree) -> dict[str, PyTree]:
     """What the outer optimiser is given, by name: the surrogate at `params`, its gradient, and what `trpo` asks for.
 
     The gradient and all products of the Hessian are of one linearisation, of what the policies do as a function of `params`.
 
     Args:
-        actions_of: params -> mean and log-std of the actions in all states of `judged`, each [B, J, T, E, a].
-        judged: the batches by which policies are judged [B, J, ...].
+        actions_of: params -> mean and log-std of the actions in all states of `judges`, each [B, J, T, E, a].
+        judges: the batches by which policies are judged [B, J, ...].
         params: the meta-parameters.
     """
 
     def loss_of(actions: tuple[Array, Array]) -> Array:
-        return jax.vmap(surrogate_loss)(judged, actions).mean()
+        return jax.vmap(surrogate_loss)(judges, actions).mean()
 
     def kl_of(actions: tuple[Array, Array]) -> Array:
-        return jax.vmap(divergence)(judged, actions).mean()
+        return jax.vmap(divergence)(judges, actions).mean()
 
     def value_and_kl_fn(params: PyTree) -> tuple[Array, Array]:
         actions = actions_of(params)
@@ -183,7 +183,7 @@ def _act_adapted(
     return jax.vmap(partial(act, model))(policies, judges)
 
 
-def _judged(judged_from: int, batches: Batch) -> Batch:
+def judged(judged_from: int, batches: Batch) -> Batch:
     """The batches by which policies are judged [J, ...], after `judged_from` steps and every further one, their advantages on
     one scale."""
     batches = jax.tree.map(lambda leaf: leaf[judged_from:], batches)
@@ -262,7 +262,7 @@ def _unstable(batches: Batch) -> Array:
     return batches.trajectories.unstable.sum() / batches.trajectories.ends.sum()
 
 
-def _summary(batches: Batch) -> Metrics:
+def summary(batches: Batch) -> Metrics:
     """Mean returns before and after adaptation, and the share of unstable trajectories, over a meta-batch [B, S + 1, ...]."""
     before, after = batches.returns[:, 0].mean(), batches.returns[:, -1].mean()
     return {"return_before": before, "return_after": after, "unstable": _unstable(batches)}

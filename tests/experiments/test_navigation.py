@@ -45,7 +45,7 @@ def checkpoint(out, method):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("finished")
-    assert main("--out", out, "--seeds", 2, "--method", "maml", "random", "pretrained", "oracle") == 0
+    assert main("--out", out, "--seeds", 2, "--method", "maml", "promp", "random", "pretrained", "oracle") == 0
     return out
 
 
@@ -64,11 +64,11 @@ def test_writes_what_it_promises(finished):
 def test_rows(finished):
     rows = report.read_results(finished / "results.json")["rows"]
     returns = {(row.method, row.step): row for row in rows if row.metric == "return"}
-    adapting = {(method, step) for method in ("maml", "random", "pretrained") for step in range(3)}
+    adapting = {(method, step) for method in ("maml", "promp", "random", "pretrained") for step in range(3)}
     assert returns.keys() == {*adapting, ("oracle", 0)}
     assert {row.metric for row in rows} == {"return", "normalised return"}  # nothing was unstable
-    normalised = {row.step: row.mean for row in rows if row.metric == "normalised return"}
-    assert normalised.keys() == {0, 1, 2}
+    normalised = {(row.method, row.step): row.mean for row in rows if row.metric == "normalised return"}
+    assert normalised.keys() == {(method, step) for method in ("maml", "promp") for step in range(3)}
     assert np.isfinite(list(normalised.values())).all()
     assert {row.published for row in rows} == {None}  # of returns over so few steps
     assert all(returns[method, 1].note in ("step size 0.01", "step size 0.1") for method in ("random", "pretrained"))
@@ -87,8 +87,8 @@ def test_step_sizes_are_halved_after_the_first():
     assert steps == [-0.5, -0.25, -0.25]
 
 
-@pytest.mark.parametrize("name", ["gae_lambda", "discount"])
-def test_factors_may_be_zero_but_nothing_else(tmp_path, name):
+@pytest.mark.parametrize("name", ["gae_lambda", "discount", "promp_kl_weight"])
+def test_factors_and_weights_may_be_zero_but_nothing_else(tmp_path, name):
     runner.Run("navigation", dataclasses.replace(navigation.PRESETS["paper"], out=tmp_path, **{name: 0.0}))
     with pytest.raises(ValueError, match="--max-kl must be positive"):
         runner.Run("navigation", dataclasses.replace(navigation.PRESETS["paper"], out=tmp_path, max_kl=0.0))
@@ -138,6 +138,15 @@ def test_every_method_can_be_built(method):
     assert policy["MLP_0"]["Dense_0"]["kernel"].shape == (seen, 4)
     after, _ = jax.eval_shape(learner.update, key, state, jax.ShapeDtypeStruct((3, 2), "float32"))
     assert jax.tree.structure(after) == jax.tree.structure(state)
+
+
+def test_options_of_promp_reach_it(monkeypatch):
+    monkeypatch.setattr(reinforcement, "promp", lambda model, collect, **settings: settings)
+    flags = ["--promp-steps", "7", "--promp-clip", "0.1", "--promp-kl-weight", "0", "--inner-steps", "2"]
+    options = runner.parse(navigation.PRESETS, ARGUMENTS + flags)
+    settings = reinforcement.build_learner("promp", options, navigation.navigation())
+    expected = {"outer_steps": 7, "clip": 0.1, "kl_weight": 0.0, "inner_steps": 2, "eval_steps": 2}
+    assert settings.items() >= expected.items()
 
 
 def test_a_context_is_adapted_and_the_network_is_not(tmp_path, monkeypatch):

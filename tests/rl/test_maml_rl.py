@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 from battery import KEY, equal
+from trivial_rl import COLLECT, MODEL, smooth_policy, target_env, tasks_from
 
 from mamljax import gaussian
 from mamljax.checkpoint import Checkpoints
 from mamljax.devices import on, place, task_mesh
 from mamljax.inner import adapt
 from mamljax.rl.collect import collector
-from mamljax.rl.environment import Environment, Step
 from mamljax.rl.maml_rl import (
     act,
     collect_and_adapt,
@@ -28,36 +28,8 @@ from mamljax.rl.maml_rl import (
 )
 from mamljax.rl.observed import with_task_observed
 from mamljax.rl.trpo import TrustRegionState, hessian_vector_product, trpo
-from mamljax.types import Model
 
 MAX_KL = 0.02
-
-
-def target_env():
-    """Say the number that the task is, 1 or -1: the reward is minus the squared error, so that saying 0 gets -1 a step."""
-
-    def reset(key, task):
-        return jnp.zeros(()), jnp.ones(1)
-
-    def step(key, state, action, task):
-        return Step(state, jnp.ones(1), -((action[0] - task) ** 2), jnp.array(False))
-
-    return Environment(lambda key: jax.random.rademacher(key, (), jnp.float32), reset, step, observation_size=1, action_size=1)
-
-
-def smooth_policy(inputs):
-    """A policy of a user's own: one tanh layer, with log-std as a parameter."""
-
-    def init(key):
-        first, second = jax.random.split(key)
-        kernels = {"first": jax.random.normal(first, (inputs, 4)), "second": 0.1 * jax.random.normal(second, (4, 1))}
-        return {**kernels, "log_std": jnp.full((1,), -0.5, jnp.float32)}
-
-    return Model(init, lambda params, x: (jnp.tanh(x @ params["first"]) @ params["second"], params["log_std"]))
-
-
-MODEL = smooth_policy(1)
-COLLECT = collector(MODEL, target_env(), horizon=3, trajectories=10)
 MAML = functools.partial(maml_rl, MODEL, COLLECT, rule=0.3, eval_steps=2)
 ORACLE_MODEL = smooth_policy(2)
 ORACLE_COLLECT = collector(ORACLE_MODEL, with_task_observed(target_env()), horizon=3, trajectories=10)
@@ -79,10 +51,6 @@ def compiled(name):
 @pytest.fixture(params=LEARNERS)
 def case(request):
     return compiled(request.param)
-
-
-def tasks_from(seed, num_tasks=6):
-    return jax.vmap(target_env().sample_task)(jax.random.split(jax.random.key(seed), num_tasks))
 
 
 def test_is_three_functions_with_the_same_arguments(case):
