@@ -1,9 +1,9 @@
-"""How long does a meta-update of reinforcement learning take? By the number of TRPO's conjugate gradient iterations.
+"""How long does a meta-update of reinforcement learning take, by TRPO and by ProMP?
 
 `python benchmarks/rl_update.py` times whole meta-updates of the experiments' sizes: trajectories before and after adaptation,
 the meta-gradient, TRPO with a Hessian-vector product for each iteration, ten in the paper, and the line search. Those products
 are most of the arithmetic. How far the loss falls with fewer is here too: all start from one policy with the same key, and so
-with the same trajectories.
+with the same trajectories. ProMP takes five steps of Adam on them instead.
 
 What two of the parts take alone stands beside it: the environment's own steps, without a policy, on as many devices; and the
 matrix products, at the rate that `jnp.matmul` reaches on their sizes, on one device with all threads.
@@ -28,14 +28,17 @@ from jax import Array
 from mamljax import report
 from mamljax.devices import BY_TASK, divide, on, place, task_mesh
 from mamljax.models import gaussian_policy
-from mamljax.rl.collect import collector
+from mamljax.rl.collect import CollectFn, collector
 from mamljax.rl.environment import Environment
 from mamljax.rl.locomotion import locomotion
 from mamljax.rl.maml_rl import maml_rl
 from mamljax.rl.navigation import navigation
+from mamljax.rl.promp import promp
 from mamljax.rl.trpo import TrustRegionState, trpo
-from mamljax.types import MetaLearner, Metrics, PyTree, State
+from mamljax.types import MetaLearner, Model, PyTree
 
+PROMP_STEPS = 5
+SHARED = {"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "chunk_size": 1}
 Name = Literal["navigation", "half_cheetah_velocity", "half_cheetah_direction", "ant_velocity", "ant_direction"]
 
 
@@ -61,24 +64,26 @@ class Options:
     """Directory for results.json, report.md and the figure."""
 
 
-def build_learner(
-    environment: Environment, tx: optax.GradientTransformation, *, trajectories: int, horizon: int
-) -> MetaLearner:
+def build_maml(environment: Environment, tx: optax.GradientTransformation, **sizes: int) -> MetaLearner:
     """MAML with the paper's policy and one adaptation step, its inner objective that of the locomotion presets."""
+    return maml_rl(*policy_and_collector(environment, **sizes), tx=tx, inner_objective="likelihood_ratio", **SHARED)
+
+
+def build_promp(environment: Environment, **sizes: int) -> MetaLearner:
+    """ProMP with the same policy."""
+    return promp(*policy_and_collector(environment, **sizes), tx=optax.adam(1e-3), outer_steps=PROMP_STEPS, **SHARED)
+
+
+def policy_and_collector(environment: Environment, *, trajectories: int, horizon: int) -> tuple[Model, CollectFn]:
+    """The paper's policy, and how it gathers trajectories."""
     policy = gaussian_policy(environment.observation_size, environment.action_size)
-    collect = collector(policy, environment, horizon=horizon, trajectories=trajectories)
-    settings = {"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "inner_objective": "likelihood_ratio", "chunk_size": 1}
-    return maml_rl(policy, collect, tx=tx, **settings)
+    return policy, collector(policy, environment, horizon=horizon, trajectories=trajectories)
 
 
-def build_update(
-    environment: Environment, *, cg_steps: int, num_tasks: int, devices: int, **sizes: int
-) -> Callable[[], tuple[State, Metrics]]:
-    """Compile the first meta-update of a policy; returns what does it again and again."""
-    learner = build_learner(environment, trpo(0.01, cg_steps=cg_steps), **sizes)
+def first_update(learner: MetaLearner, environment: Environment, num_tasks: int) -> tuple:
+    """The arguments of a policy's first meta-update."""
     key = jax.random.key(0)
-    tasks = jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
-    return compiled(learner.update, (key, learner.init(key)), tasks, devices)
+    return key, learner.init(key), jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
 
 
 def compiled(fn: Callable, common: tuple, by_task: PyTree, devices: int) -> Callable[[], PyTree]:
@@ -117,7 +122,7 @@ def environment_steps(
     return compiled(of_all, (), jax.random.split(jax.random.key(0), num_tasks), devices)
 
 
-def products_of_update(environment: Environment, *, cg_steps: int, num_tasks: int, **sizes: int) -> Counter[arithmetic.Product]:
+def products_of_trpo(environment: Environment, *, cg_steps: int, num_tasks: int, **sizes: int) -> Counter[arithmetic.Product]:
     """Count the matrix products of a meta-update whose line search takes the first step that it tries."""
 
     def update(
@@ -133,10 +138,8 @@ def products_of_update(environment: Environment, *, cg_steps: int, num_tasks: in
         direction, _ = jax.lax.scan(lambda vector, _: (kl_product(vector), None), grads, length=cg_steps)
         return direction, TrustRegionState(jnp.ones(()), *value_and_kl_fn(direction))
 
-    tx = optax.GradientTransformationExtraArgs(trpo(0.01).init, update)
-    learner, key = build_learner(environment, tx, **sizes), jax.random.key(0)
-    tasks = jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
-    return arithmetic.products(learner.update, key, learner.init(key), tasks)
+    learner = build_maml(environment, optax.GradientTransformationExtraArgs(trpo(0.01).init, update), **sizes)
+    return arithmetic.products(learner.update, *first_update(learner, environment, num_tasks))
 
 
 def measure(options: Options) -> list[report.Row]:
@@ -150,24 +153,35 @@ def measure(options: Options) -> list[report.Row]:
             raise ValueError(
                 f"--num-tasks must be a multiple of --devices, got {sizes['num_tasks']} tasks and {devices} devices."
             )
+        num_tasks = sizes.pop("num_tasks")
         sizes["trajectories"] = options.trajectories
         environment = navigation() if name == "navigation" else locomotion(name)
-        runs = {
-            f"{steps} conjugate gradient iterations": build_update(environment, cg_steps=steps, devices=devices, **sizes)
+        learners = {
+            f"{steps} conjugate gradient iterations": build_maml(environment, trpo(0.01, cg_steps=steps), **sizes)
             for steps in options.cg_steps
         }
-        runs["the environment alone"] = environment_steps(environment, devices=devices, **sizes)
+        learners["ProMP"] = build_promp(environment, **sizes)
+        arguments = {method: first_update(learner, environment, num_tasks) for method, learner in learners.items()}
+        runs = {
+            method: compiled(learner.update, arguments[method][:2], arguments[method][2], devices)
+            for method, learner in learners.items()
+        }
+        runs["the environment alone"] = environment_steps(environment, num_tasks=num_tasks, devices=devices, **sizes)
         seconds = {method: milliseconds / 1e3 for method, milliseconds in harness.medians(runs, options.repeats).items()}
         seconds["the environment alone"] *= 2  # before and after adaptation
-        for steps in options.cg_steps:
-            counted = products_of_update(environment, cg_steps=steps, **sizes)
+        counts = {
+            f"{steps} iterations": products_of_trpo(environment, cg_steps=steps, num_tasks=num_tasks, **sizes)
+            for steps in options.cg_steps
+        }
+        counts["ProMP"] = arithmetic.products(learners["ProMP"].update, *arguments["ProMP"])
+        for method, counted in counts.items():
             at_full_rate = arithmetic.flops(counted) / arithmetic.product_rate(counted, options.repeats)
-            seconds[f"the products of {steps} iterations alone"] = at_full_rate
+            seconds[f"the products of {method} alone"] = at_full_rate
         conditions = (
-            f"median of {options.repeats}, {sizes['num_tasks']} tasks, horizon {sizes['horizon']}, "
+            f"median of {options.repeats}, {num_tasks} tasks, horizon {sizes['horizon']}, "
             f"{harness.cores()} cores, {devices} devices"
         )
-        shared = {"setting": name, "step": 1, "tasks": sizes["num_tasks"], "protocol": conditions, **harness.UNTRAINED}
+        shared = {"setting": name, "step": 1, "tasks": num_tasks, "protocol": conditions, **harness.UNTRAINED}
         rows += [
             report.Row(method=method, metric="seconds per meta-update", mean=mean, **shared) for method, mean in seconds.items()
         ]
