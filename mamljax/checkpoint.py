@@ -2,6 +2,7 @@
 
 import json
 import os
+import reprlib
 import shutil
 import sys
 import zlib
@@ -18,6 +19,9 @@ from jax import Array
 
 from mamljax.files import write_atomically
 from mamljax.types import PyTree
+
+IN_SHORT = reprlib.Repr()  # of lists, such as those of all classes, a few entries
+IN_SHORT.maxlist, IN_SHORT.maxdict, IN_SHORT.maxstring, IN_SHORT.maxother = 4, 50, 100, 100
 
 
 class CheckpointError(Exception):
@@ -160,7 +164,8 @@ def claim_directory(
     elif keys:
         given, there = ({key: side.get(key) for key in keys} for side in (config, found))
         raise CheckpointError(
-            f"{directory} holds a run of another configuration: it has {there}, this one {given}. "
+            f"{directory} holds a run of another configuration: it has {IN_SHORT.repr(there)}, this one "
+            f"{IN_SHORT.repr(given)}. "
             "Choose another directory, or delete that one."
         )
 

@@ -144,6 +144,14 @@ def test_another_configuration_is_refused(tmp_path):
         Checkpoints(tmp_path, {"inner_lr": 0.2, "seeds": 1, "sizes": (40, 40)})
 
 
+def test_of_long_lists_in_a_configuration_a_few_entries_are_named(tmp_path):
+    names = [f"class{number}" for number in range(1000)]
+    Checkpoints(tmp_path, {"classes": {"train": names, "val": []}}).save(1, TREE)
+    with pytest.raises(CheckpointError, match="it has {'classes': {'train': .'class0', ") as refused:
+        Checkpoints(tmp_path, {"classes": {"train": names[1:], "val": names[:1]}})
+    assert len(str(refused.value)) < 500 + len(str(tmp_path))
+
+
 def test_an_entry_that_came_later_counts_as_its_default(tmp_path):
     claim_directory(tmp_path, {"shots": 1})
     (tmp_path / "results.json").write_text("{}")

@@ -468,7 +468,7 @@ def test_a_class_moved_to_another_split_is_refused(images, banks, tmp_path, caps
     assert main(images, banks, *arguments) == 0
     (moved / "train" / "class5").rename(moved / "val" / "class5")
     assert main(images, banks, *arguments) == 2
-    assert "holds a run of another configuration: it has {'classes': {'train'" in capsys.readouterr().err
+    assert "holds a run of another configuration: it has {'classes': {'test'" in capsys.readouterr().err
 
 
 def predict(finished, support, query, out, *argv):
