@@ -27,6 +27,7 @@ from mamljax.rl.maml_rl import (
     surrogate_loss,
 )
 from mamljax.rl.observed import with_task_observed
+from mamljax.rl.promp import promp
 from mamljax.rl.trpo import TrustRegionState, hessian_vector_product, trpo
 
 MAX_KL = 0.02
@@ -37,6 +38,7 @@ ORACLE = functools.partial(maml_rl, ORACLE_MODEL, ORACLE_COLLECT, rule=0.3, inne
 LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "maml by trpo": (MAML(inner_steps=1, tx=trpo(MAX_KL, damping=1e-3)), 2),
     "two steps by adam": (MAML(inner_steps=2, tx=optax.adam(0.01), chunk_size=3), 2),
+    "promp": (promp(MODEL, COLLECT, rule=0.3, inner_steps=1, eval_steps=2, tx=optax.adam(0.01), chunk_size=3), 2),
     "oracle": (ORACLE(tx=trpo(MAX_KL, damping=1e-3)), 0),
 }
 
@@ -59,7 +61,8 @@ def test_is_three_functions_with_the_same_arguments(case):
 
 def test_updates_keep_the_state_as_it_is_and_are_traced_once(case):
     for metrics in battery.check_updates(case[0], map(tasks_from, range(3))):
-        assert metrics.keys() == {"return_before", "return_after", "surrogate", "kl", "grad_norm", "unstable"}
+        judged = {"loss"} if case[0].learner is LEARNERS["promp"][0] else {"surrogate", "kl"}
+        assert metrics.keys() == {"return_before", "return_after", "grad_norm", "unstable"} | judged
         assert metrics["unstable"] == 0
 
 
@@ -115,11 +118,12 @@ def test_of_a_trpo_in_a_chain_it_is_computed():
 
 
 @pytest.mark.slow
-def test_a_trivial_environment_is_solved_by_one_step():
+@pytest.mark.parametrize(("name", "num_updates"), [("maml by trpo", 150), ("promp", 60)])
+def test_a_trivial_environment_is_solved_by_one_step(name, num_updates):
     """A policy that knows nothing gets -1 a step and minus its variance; 9 in 10 of that is gone after one step."""
-    (learner, update, _), _, evaluate = compiled("maml by trpo")
+    (learner, update, _), _, evaluate = compiled(name)
     state = learner.init(KEY)
-    for seed in range(150):
+    for seed in range(num_updates):
         state, _ = update(jax.random.key(seed), state, tasks_from(seed))
     returns = evaluate(jax.random.split(KEY, 6), state, jnp.array([1.0, -1.0] * 3))["return"].mean(0)
     assert returns[0] < -2.5
@@ -147,14 +151,14 @@ class Spy:
         return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), self.update)
 
 
-def test_devices_share_the_tasks():
-    """As on one device, up to rounding, which the line search may only make smaller than its steps."""
-    learner, update, _ = compiled("maml by trpo")[0]
-    tasks = jax.vmap(target_env().sample_task)(jax.random.split(KEY, 4))
-    alone, metrics = update(KEY, learner.init(KEY), tasks)
+@pytest.mark.parametrize("name", ["maml by trpo", "promp"])
+def test_devices_share_the_tasks(name):
+    """As on one device, up to rounding, which a line search may only make smaller than its steps."""
+    learner, update, _ = compiled(name)[0]
+    alone, metrics = update(KEY, learner.init(KEY), tasks_from(0))
     mesh = task_mesh(2)
     with on(mesh):
-        shared, shared_metrics = jax.jit(learner.update)(*place((KEY, learner.init(KEY), tasks), mesh))
+        shared, shared_metrics = jax.jit(learner.update)(*place((KEY, learner.init(KEY), tasks_from(0)), mesh))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), shared.params, alone.params)
     np.testing.assert_allclose(shared_metrics["return_after"], metrics["return_after"], rtol=1e-4)
 

@@ -18,20 +18,6 @@ from mamljax.rl.promp import clipped_loss, promp
 SETTINGS = {"rule": 0.3, "inner_steps": 1, "eval_steps": 2}
 
 
-@functools.cache
-def compiled():
-    return battery.compiled(promp(MODEL, COLLECT, tx=optax.adam(0.01), chunk_size=3, **SETTINGS))
-
-
-def test_is_three_functions_with_the_same_arguments():
-    battery.check_arguments(compiled().learner)
-
-
-def test_updates_keep_the_state_as_it_is_and_are_traced_once():
-    for metrics in battery.check_updates(compiled(), map(tasks_from, range(3))):
-        assert metrics.keys() == {"return_before", "return_after", "loss", "grad_norm", "unstable"}
-
-
 @pytest.mark.parametrize(("inner_steps", "multi_step_loss"), [(1, False), (2, False), (2, True)])
 def test_the_first_step_is_that_of_maml_on_likelihood_ratios(inner_steps, multi_step_loss):
     """Nothing is clipped yet, and the divergence is at its minimum; with two steps of adaptation in training, too."""
@@ -93,19 +79,6 @@ def test_ratios_are_clipped_where_they_would_gain():
     found = clipped_loss(batch, (new["mean"], new["log_std"]), 0.2)
     np.testing.assert_allclose(found, -(gain * mask).sum() / mask.sum(), rtol=1e-4)
     assert found > surrogate_loss(batch, (new["mean"], new["log_std"])) + 0.1
-
-
-@pytest.mark.slow
-def test_a_trivial_environment_is_solved_by_one_step():
-    """As `maml_rl` must, in fewer meta-updates."""
-    learner, update, _ = compiled()
-    state = learner.init(KEY)
-    for seed in range(60):
-        state, _ = update(jax.random.key(seed), state, tasks_from(seed))
-    evaluate = jax.jit(jax.vmap(learner.evaluate, in_axes=(0, None, 0)))
-    returns = evaluate(jax.random.split(KEY, 6), state, jnp.array([1.0, -1.0] * 3))["return"].mean(0)
-    assert returns[0] < -2.5
-    assert returns[1] > -1.0
 
 
 @pytest.mark.parametrize(
