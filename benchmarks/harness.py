@@ -22,6 +22,7 @@ import tyro
 from mamljax import report
 from mamljax.checkpoint import CheckpointError, make_directory
 from mamljax.checks import check_count
+from mamljax.figures import new_figure
 from mamljax.files import write_atomically
 
 UNTRAINED = {"ci95": float("nan"), "seeds": 0, "meta_updates": 0}  # the fields of a row that a benchmark leaves empty
@@ -110,7 +111,7 @@ def bars(results: Mapping[str, Any], path: Path) -> None:
         return
     settings, metrics = (list(dict.fromkeys(getattr(row, name) for row in rows)) for name in ("setting", "metric"))
     most = max(sum((row.setting, row.metric) == (setting, metrics[0]) for row in rows) for setting in settings)
-    figure = report.new_figure(1 + 5 * len(metrics), (1.2 + 0.3 * most) * len(settings))
+    figure = new_figure(1 + 5 * len(metrics), (1.2 + 0.3 * most) * len(settings))
     panels = figure.subplots(len(settings), len(metrics), squeeze=False)
     for setting, line in zip(settings, panels, strict=True):
         for metric, axes in zip(metrics, line, strict=True):

@@ -35,6 +35,7 @@ from jax.tree_util import Partial
 
 from mamljax import report
 from mamljax.evaluate import evaluate, mean_and_ci95
+from mamljax.figures import new_figure
 from mamljax.losses import cross_entropy
 from mamljax.maml import fine_tune
 from mamljax.types import MetaLearner, PyTree, SampleFn, State, Task, as_argument
@@ -152,7 +153,7 @@ def draw_episodes(method: Method, options: Options, data: Data, state: State, lr
 
     shown = min(options.ways, 5)  # classes, one image of each
     draw = functools.partial(_draw_image, greys="gray_r" if options.dataset == "omniglot" else "gray")  # its ink is 1
-    figure = report.new_figure(max(9, 1.2 * 2 * shown + 1), 1.75 * count)
+    figure = new_figure(max(9, 1.2 * 2 * shown + 1), 1.75 * count)
     panels = figure.subplots(count, 2 * shown, squeeze=False)
     for number, row in enumerate(panels):
         key = jax.random.fold_in(jax.random.key(TEST_SEED), number)

@@ -18,7 +18,7 @@ import tyro
 from jax import Array, lax
 from reinforcement import TEST_SEED, Trained
 
-from mamljax import report
+from mamljax.figures import new_figure
 from mamljax.inner import adapt
 from mamljax.rl.environment import Environment
 from mamljax.rl.locomotion import locomotion
@@ -122,7 +122,7 @@ def draw_strip(options: Options, env: Environment, trained: Trained, path: Path)
     except RenderingError as error:
         print(f"no strip of frames: {error}", file=sys.stderr)
         return
-    figure = report.new_figure(2 * STRIP_FRAMES, 4)
+    figure = new_figure(2 * STRIP_FRAMES, 4)
     for when, axes, strip in zip(("before adaptation", "after 1 step"), figure.subplots(2, 1), strips, strict=True):
         axes.imshow(jnp.concatenate(list(strip), axis=1))
         axes.set(title=f"{options.task} {task:.2f}, {when}", xticks=[], yticks=[])

@@ -15,7 +15,7 @@ import reinforcement
 import runner
 from reinforcement import TEST_SEED, Method, Trained
 
-from mamljax import report
+from mamljax.figures import legend_below, new_figure
 from mamljax.rl.environment import Environment
 from mamljax.rl.maml_rl import collect_and_adapt
 from mamljax.rl.navigation import navigation
@@ -80,7 +80,7 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
     methods = [method for method in ("maml", "promp", "pretrained") if method in trained]
     if not methods:
         return
-    figure = report.new_figure(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods))
+    figure = new_figure(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods))
     panels = figure.subplots(len(methods), DRAWN_GOALS, sharex=True, sharey=True, squeeze=False)
     goal_keys, keys = jax.random.split(jax.random.key(TEST_SEED), (2, DRAWN_GOALS))
     goals = jax.vmap(env.sample_task)(goal_keys)
@@ -102,7 +102,7 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
                     axes.plot(*taken.T, color=colour, linewidth=1, **label)
             axes.plot(*goal, "C3*", markersize=12, label="goal")
             axes.set(title=method, xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=1 + len(DRAWN_STEPS))
+    legend_below(figure, panels[0, 0])
     figure.savefig(path, dpi=100)
 
 

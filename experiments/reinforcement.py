@@ -15,6 +15,7 @@ from jax import Array
 
 from mamljax import report
 from mamljax.evaluate import evaluate, mean_and_ci95
+from mamljax.figures import legend_below, new_figure
 from mamljax.models import gaussian_policy, with_context
 from mamljax.record import read_metrics
 from mamljax.rl.collect import CollectFn, collector
@@ -250,12 +251,8 @@ def rows_of(
     """The rows of all methods: returns, shares of unstable trajectories if there are any, normalised returns."""
     rows = []
     for method, result in trained.items():
-        mine = {
-            "method": method,
-            "note": f"step size {result.lr:g}" if method in TUNED else "",
-            **result.effort,
-            **fields,
-        }
+        note = f"step size {result.lr:g}" if method in TUNED else ""
+        mine = {"method": method, "note": note, **result.effort, **fields}
         beside = {"published": dict(enumerate(published.get(method, ()))), "source": source}
         rows += report.rows_over_steps(*mean_and_ci95(result.returns), metric="return", **beside, **mine)
         if not np.allclose(result.first_returns, result.returns, rtol=1e-4, equal_nan=True):  # some ended early
@@ -286,7 +283,7 @@ def normalised_published(method: str, published: Mapping[str, Sequence[float]]) 
 
 def draw_training(directories: Mapping[Method, Path], path: Path) -> None:
     """Draw the mean returns in training, before and after adaptation, over the meta-updates of each method."""
-    figure = report.new_figure(6, 4)
+    figure = new_figure(6, 4)
     axes = figure.subplots()
     for colour, (method, directory) in enumerate(directories.items()):
         log = read_metrics(directory / "metrics.jsonl")
@@ -296,5 +293,5 @@ def draw_training(directories: Mapping[Method, Path], path: Path) -> None:
             axes.plot(*points.T, style, color=f"C{colour}", **label)
     axes.set(xlabel="meta-updates", ylabel="mean return in training", title="after adaptation; dotted: before")
     axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=max(1, len(directories)))
+    legend_below(figure, axes)
     figure.savefig(path, dpi=100)

@@ -20,6 +20,7 @@ from mamljax import report
 from mamljax.baselines.multi_task import multi_task, no_penalty, squared_distance, squared_norm
 from mamljax.baselines.pretrain import pretrain
 from mamljax.evaluate import evaluate, mean_and_ci95
+from mamljax.figures import legend_below, new_figure
 from mamljax.losses import mse
 from mamljax.maml import fine_tune, maml
 from mamljax.models import mlp
@@ -210,7 +211,7 @@ def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path
     shown = [method for method in ("maml", "pretrained") if method in fits] or [name for name in fits if name != "oracle"]
     if not shown:
         return
-    figure = report.new_figure(14, 1 + 3 * len(shown))
+    figure = new_figure(14, 1 + 3 * len(shown))
     panels = figure.subplots(len(shown), 4, sharex=True, sharey="col", squeeze=False)
     for row, (method, (state, lr)) in zip(panels, ((method, fits[method]) for method in shown), strict=True):
         for column, axes in enumerate(row):
@@ -225,7 +226,7 @@ def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path
             axes.plot(task.support.x, task.support.y, "C3^", label="the 5 points")
             axes.axvspan(*interval, color="C3", alpha=0.05)
             axes.set(title=f"{method}, curve {1 + column // 2}", xlabel="x", ylim=1.6 * jnp.array([y.min(), y.max()]))
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+    legend_below(figure, figure.axes[0])
     figure.savefig(path, dpi=100)
 
 

@@ -12,16 +12,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from mamljax.figures import legend_below, new_figure
 from mamljax.files import write_atomically
 from mamljax.record import read_metrics
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 PACKAGES = ("mamljax", "jax", "jaxlib", "flax", "optax", "numpy")
 
@@ -151,16 +149,6 @@ def markdown(results: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure of so many inches, for which there need not be a display.
-
-    Matplotlib is imported here, when something is drawn: that takes as long as importing JAX.
-    """
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
 def cell(row: Row) -> str:
     """A number with its interval, as tables have it; or why there is none."""
     interval = "" if row.ci95 is None else f" ± {_number(row.ci95, like=row.mean)}"
@@ -201,7 +189,7 @@ def learning_curves(results: Mapping[str, Any], path: Path) -> None:
     for setting, top, bottom in zip(settings, panels[0], panels[-1], strict=True):
         top.set_title(setting)
         bottom.set_xlabel("adaptation steps")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    legend_below(figure, panels[0, 0])
     figure.savefig(path, dpi=100)
 
 
@@ -224,7 +212,7 @@ def training_curves(directories: Mapping[str, Path], path: Path) -> None:
         positive = any((line.get(name) or 0) > 0 for log in logs.values() for line in log)  # a validation error may be 0
         axes.set(xlabel="meta-updates", ylabel=name.replace("_", " "), yscale="log" if positive else "linear")
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(logs))
+    legend_below(figure, axes)
     figure.savefig(path, dpi=100)
 
 
