@@ -2,8 +2,8 @@
 
 `python benchmarks/rl_update.py` times whole meta-updates of the experiments' sizes: trajectories before and after adaptation,
 the meta-gradient, TRPO with a Hessian-vector product for each iteration, ten in the paper, and the line search. Those products
-are most of the arithmetic. How far the loss falls with fewer is here too: all start from one policy with the same key, and so
-with the same trajectories. ProMP takes five steps of Adam on them instead.
+are most of the arithmetic. ProMP takes five steps of Adam on the same trajectories instead. How far the loss falls is here too:
+all start from one policy with the same key.
 
 What two of the parts take alone stands beside it: the environment's own steps, without a policy, on as many devices; and the
 matrix products, at the rate that `jnp.matmul` reaches on their sizes, on one device with all threads.
@@ -35,9 +35,8 @@ from mamljax.rl.maml_rl import maml_rl
 from mamljax.rl.navigation import navigation
 from mamljax.rl.promp import promp
 from mamljax.rl.trpo import TrustRegionState, trpo
-from mamljax.types import MetaLearner, Model, PyTree
+from mamljax.types import MetaLearner, Model, PyTree, State
 
-PROMP_STEPS = 5
 SHARED = {"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "chunk_size": 1}
 Name = Literal["navigation", "half_cheetah_velocity", "half_cheetah_direction", "ant_velocity", "ant_direction"]
 
@@ -71,7 +70,7 @@ def build_maml(environment: Environment, tx: optax.GradientTransformation, **siz
 
 def build_promp(environment: Environment, **sizes: int) -> MetaLearner:
     """ProMP with the same policy."""
-    return promp(*policy_and_collector(environment, **sizes), tx=optax.adam(1e-3), outer_steps=PROMP_STEPS, **SHARED)
+    return promp(*policy_and_collector(environment, **sizes), tx=optax.adam(1e-3), **SHARED)
 
 
 def policy_and_collector(environment: Environment, *, trajectories: int, horizon: int) -> tuple[Model, CollectFn]:
@@ -80,13 +79,13 @@ def policy_and_collector(environment: Environment, *, trajectories: int, horizon
     return policy, collector(policy, environment, horizon=horizon, trajectories=trajectories)
 
 
-def first_update(learner: MetaLearner, environment: Environment, num_tasks: int) -> tuple:
-    """The arguments of a policy's first meta-update."""
+def first_update(learner: MetaLearner, environment: Environment, num_tasks: int) -> tuple[Array, State, PyTree]:
+    """The arguments of a policy's first meta-update: a key, the state, the tasks."""
     key = jax.random.key(0)
     return key, learner.init(key), jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
 
 
-def compiled(fn: Callable, common: tuple, by_task: PyTree, devices: int) -> Callable[[], PyTree]:
+def compiled(fn: Callable, common: Sequence[PyTree], by_task: PyTree, devices: int) -> Callable[[], PyTree]:
     """Compile a function for tasks divided among devices; returns what calls it with these arguments again and again."""
     mesh = task_mesh(devices) if devices > 1 else None
     placed = (*place(common, mesh), place(by_task, mesh, BY_TASK))
@@ -161,11 +160,10 @@ def measure(options: Options) -> list[report.Row]:
             for steps in options.cg_steps
         }
         learners["ProMP"] = build_promp(environment, **sizes)
-        arguments = {method: first_update(learner, environment, num_tasks) for method, learner in learners.items()}
-        runs = {
-            method: compiled(learner.update, arguments[method][:2], arguments[method][2], devices)
-            for method, learner in learners.items()
-        }
+        runs = {}
+        for method, learner in learners.items():
+            *common, tasks = first_update(learner, environment, num_tasks)
+            runs[method] = compiled(learner.update, common, tasks, devices)
         runs["the environment alone"] = environment_steps(environment, num_tasks=num_tasks, devices=devices, **sizes)
         seconds = {method: milliseconds / 1e3 for method, milliseconds in harness.medians(runs, options.repeats).items()}
         seconds["the environment alone"] *= 2  # before and after adaptation
@@ -173,7 +171,8 @@ def measure(options: Options) -> list[report.Row]:
             f"{steps} iterations": products_of_trpo(environment, cg_steps=steps, num_tasks=num_tasks, **sizes)
             for steps in options.cg_steps
         }
-        counts["ProMP"] = arithmetic.products(learners["ProMP"].update, *arguments["ProMP"])
+        of_promp = learners["ProMP"]
+        counts["ProMP"] = arithmetic.products(of_promp.update, *first_update(of_promp, environment, num_tasks))
         for method, counted in counts.items():
             at_full_rate = arithmetic.flops(counted) / arithmetic.product_rate(counted, options.repeats)
             seconds[f"the products of {method} alone"] = at_full_rate
@@ -185,7 +184,7 @@ def measure(options: Options) -> list[report.Row]:
         rows += [
             report.Row(method=method, metric="seconds per meta-update", mean=mean, **shared) for method, mean in seconds.items()
         ]
-        falls = {method: -float(run()[1]["surrogate"]) for method, run in runs.items() if method.endswith("iterations")}
+        falls = {method: -float(runs[method]()[1]["surrogate"]) for method in learners}
         rows += [
             report.Row(method=method, metric="fall of the loss in the first meta-update", mean=mean, **shared)
             for method, mean in falls.items()

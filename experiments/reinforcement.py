@@ -64,12 +64,13 @@ class Options(runner.Options):
     """Adaptation steps in training."""
     inner_objective: InnerObjective = "log_prob"
     """What an adaptation step is the gradient of, when the meta-gradient goes through it: log-probabilities, as in the authors'
-    code, or likelihood ratios, which give credit for what the policy does before adaptation (Rothfuss et al. 2019)."""
+    code, or likelihood ratios, which give credit for what the policy does before adaptation (Rothfuss et al. 2019), and
+    which promp always has."""
     multi_step_loss: bool = False
     """Judge the policy in training after every one of the adaptation steps, by the sum of its returns, not after the last
     alone."""
     outer: Literal["trpo", "adam"] = "trpo"
-    """Outer optimiser: trust region policy optimisation, or Adam for vanilla policy gradient."""
+    """Outer optimiser: trust region policy optimisation, or Adam for vanilla policy gradient; promp always has Adam."""
     max_kl: float = 0.01
     """TRPO: bound of the mean KL divergence of a meta-update, in nats; 0.01 in the authors' code, 0.02 in their published run
     of half-cheetah's directions."""
@@ -80,15 +81,15 @@ class Options(runner.Options):
     hvp: HessianVectorProduct = "exact"
     """TRPO: Hessian-vector products, exact or by finite differences as in the paper."""
     meta_lr: float = 0.001
-    """Adam: step size; of --method promp too."""
+    """Adam: step size."""
     promp_steps: int = 5
-    """ProMP: steps of Adam on the trajectories of a meta-update."""
+    """ProMP: steps of Adam on the trajectories of a meta-update; this and what follows as in its authors' scripts."""
     promp_clip: float = 0.3
     """ProMP: how far from 1 the ratio of an action's probabilities may go and still gain."""
     promp_kl_weight: float = 5e-4
-    """ProMP: weight of the divergence of the policy before adaptation, by nat."""
+    """ProMP: weight of the divergence that a meta-update makes before adaptation, per nat."""
     chunk_size: int | None = None
-    """Tasks differentiated at a time; by default one on a CPU, elsewhere all."""
+    """Tasks differentiated at a time; by default one on a CPU, elsewhere all. With promp a divisor of --num-tasks."""
     eval_tasks: int = 40
     eval_steps: int = 3
     """Adaptation steps at test."""
@@ -142,6 +143,8 @@ def run_methods(
     if protocol != "paper" or options.horizon != type(options).horizon:
         published = {}
     trained = {}
+    for method in options.method:  # what is wrong with one is said before any is trained
+        build_learner(method, options, env)
     for method in options.method:
         states, num_updates = train(method, options, run, env)
         if num_updates > 0 or method == "random":  # else time ran out before

@@ -20,8 +20,8 @@ from jax import Array
 from mamljax.files import write_atomically
 from mamljax.types import PyTree
 
-IN_SHORT = reprlib.Repr()  # of lists, such as those of all classes, a few entries
-IN_SHORT.maxlist, IN_SHORT.maxdict, IN_SHORT.maxstring, IN_SHORT.maxother = 4, 50, 100, 100
+ABRIDGED = reprlib.Repr()  # of lists, such as those of all classes, a few entries
+ABRIDGED.maxlist, ABRIDGED.maxdict, ABRIDGED.maxstring, ABRIDGED.maxother = 4, 50, 100, 100
 
 
 class CheckpointError(Exception):
@@ -162,10 +162,12 @@ def claim_directory(
     if keys and found.keys() == config.keys() and not _is_used(directory):
         _write_config(path, config)
     elif keys:
-        given, there = ({key: side.get(key) for key in keys} for side in (config, found))
+        sides = [{key: side.get(key) for key in keys} for side in (found, config)]
+        there, given = map(ABRIDGED.repr, sides)
+        if there == given:  # they differ in what was left out
+            there, given = map(repr, sides)
         raise CheckpointError(
-            f"{directory} holds a run of another configuration: it has {IN_SHORT.repr(there)}, this one "
-            f"{IN_SHORT.repr(given)}. "
+            f"{directory} holds a run of another configuration: it has {there}, this one {given}. "
             "Choose another directory, or delete that one."
         )
 

@@ -150,6 +150,8 @@ def test_of_long_lists_in_a_configuration_a_few_entries_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="it has {'classes': {'train': .'class0', ") as refused:
         Checkpoints(tmp_path, {"classes": {"train": names[1:], "val": names[:1]}})
     assert len(str(refused.value)) < 500 + len(str(tmp_path))
+    with pytest.raises(CheckpointError, match="'class999'.*'renamed'"):
+        Checkpoints(tmp_path, {"classes": {"train": [*names[:-1], "renamed"], "val": []}})
 
 
 def test_an_entry_that_came_later_counts_as_its_default(tmp_path):

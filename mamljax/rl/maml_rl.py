@@ -95,19 +95,11 @@ def maml_rl(
     judged_from = min(1, inner_steps) if multi_step_loss else inner_steps
     inner_loss = {"log_prob": reinforce_loss, "likelihood_ratio": likelihood_ratio_loss}[inner_objective]
 
-    def adapt_to_all(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
-        keys, tasks = keys_and_tasks
-        return jax.vmap(partial(collect_and_adapt, model, collect, rule, inner_steps), (0, None, 0))(keys, params, tasks)
-
-    def act_in_all(params: PyTree, batches: Batch) -> tuple[Array, Array]:
-        act_in_one = partial(_act_adapted, model, partial(inner_loss, model), rule, judged_from, differentiation, params)
-        # One alone, not a batch of one, whose products take longer.
-        batch_size = None if chunk_size == 1 else chunk_size or len(batches.spread)
-        return lax.map(act_in_one, batches, batch_size=batch_size)
+    act_adapted = partial(_act_adapted, model, partial(inner_loss, model), rule, judged_from, differentiation)
+    act_in_all = partial(map_tasks, act_adapted, chunk_size=chunk_size)
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
-        keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
-        batches = divide(adapt_to_all, state.params, (keys, tasks))
+        batches = collect_from_all(model, collect, rule, inner_steps, key, state.params, tasks)
         judges = jax.vmap(partial(judged, judged_from))(batches)
         extra = _outer_arguments(partial(divide, act_in_all, tasks=batches), judges, state.params)
         updates, opt = tx.update(extra["grad"], state.opt, state.params, **extra)
@@ -191,6 +183,31 @@ def judged(judged_from: int, batches: Batch) -> Batch:
     return batches._replace(advantages=batches.advantages * weights[:, None, None])
 
 
+def map_tasks(fn: Callable[[PyTree, Batch], PyTree], params: PyTree, batches: Batch, *, chunk_size: int | None) -> PyTree:
+    """Apply `fn(params, batch)` to the batches of each task [B, ...], so many tasks at a time, by default all."""
+    # One alone, not a batch of one, whose products take longer.
+    batch_size = None if chunk_size == 1 else chunk_size or len(batches.spread)
+    return lax.map(partial(fn, params), batches, batch_size=batch_size)
+
+
+def collect_from_all(
+    model: Model,
+    collect: CollectFn,
+    rule: optax.GradientTransformation,
+    num_steps: int,
+    key: Array,
+    params: PyTree,
+    tasks: PyTree,
+) -> Batch:
+    """Adapt a policy to each of a meta-batch of tasks, divided among the devices; the batches are [B, num_steps + 1, ...]."""
+
+    def of_share(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
+        keys, tasks = keys_and_tasks
+        return jax.vmap(partial(collect_and_adapt, model, collect, rule, num_steps), (0, None, 0))(keys, params, tasks)
+
+    return divide(of_share, params, (jax.random.split(key, len(jax.tree.leaves(tasks)[0])), tasks))
+
+
 def collect_and_adapt(
     model: Model,
     collect: CollectFn,
@@ -237,10 +254,17 @@ def likelihood_ratio_loss(model: Model, params: PyTree, batch: Batch) -> Array:
 def surrogate_loss(batch: Batch, actions: tuple[Array, Array]) -> Array:
     r"""The importance-weighted loss $-\frac1n \sum_t A_t \pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ of a policy with this mean and
     log-std in the states of a batch, []."""
+    return -masked_mean(likelihood_ratio(batch, actions) * batch.advantages, batch.trajectories.mask)
+
+
+def likelihood_ratio(batch: Batch, actions: tuple[Array, Array]) -> Array:
+    r"""How much more likely than the policy that acted one with this mean and log-std makes the actions of a batch, [T, E].
+
+    It ends at $e^{20}$, beyond which there is no gradient either, so that no factor of zero can make it undefined.
+    """
     acted = batch.trajectories
     old = gaussian.log_prob(acted.actions, acted.mean, acted.log_std)
-    ratio = jnp.exp(gaussian.log_prob(acted.actions, *actions) - old)
-    return -masked_mean(ratio * batch.advantages, acted.mask)
+    return jnp.exp(jnp.minimum(gaussian.log_prob(acted.actions, *actions) - old, 20.0))
 
 
 def divergence(batch: Batch, actions: tuple[Array, Array]) -> Array:

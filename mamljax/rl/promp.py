@@ -1,6 +1,6 @@
 """ProMP (Rothfuss et al. 2019, arXiv 1810.06784): MAML for reinforcement learning, by proximal steps in place of TRPO."""
 
-import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -8,14 +8,25 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax import gaussian
 from mamljax.checks import check_count
 from mamljax.devices import divide
 from mamljax.inner import adapt
 from mamljax.outer import meta_learner
 from mamljax.rl.advantages import masked_mean
 from mamljax.rl.collect import Batch, CollectFn
-from mamljax.rl.maml_rl import act, collect_and_adapt, divergence, judged, likelihood_ratio_loss, maml_rl, summary
+from mamljax.rl.maml_rl import (
+    act,
+    collect_from_all,
+    divergence,
+    judged,
+    likelihood_ratio,
+    likelihood_ratio_loss,
+    maml_rl,
+    map_tasks,
+    summary,
+    surrogate_loss,
+)
+from mamljax.rl.trpo import TrustRegionState
 from mamljax.rules import Rule, rule_for
 from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
 
@@ -38,72 +49,86 @@ def promp(
 
     Tasks, trajectories and adaptation are those of `maml_rl` with likelihood ratios. The meta-loss of a task is
     $-\frac1n \sum_t \min(r_t A_t, \mathrm{clip}(r_t, 1 - \epsilon, 1 + \epsilon) A_t) + \frac\eta S \sum_s D_s$, where $r_t$ is
-    how much more likely the adapted policy makes an action than the one that took it, and $D_s$ the divergence, before
-    adaptation step $s$, from the policy that gathered what the step is taken on. Clipping keeps the adapted policy near the one
-    that acted, the divergence those before it, where TRPO bounds the former's alone; each meta-update takes several steps of
-    `tx`, whose gradient is that of `maml_rl` at the first.
+    how much more likely than the policy that acted the adapted one makes an action, and $D_s$ the divergence, before adaptation
+    step $s$, from the policy that gathered the trajectories of that step. Clipping takes from the adapted policy what it could
+    gain by going further; the divergence is of those before it, which TRPO does not bound. A meta-update takes several steps of
+    `tx` on this loss, of which the first is that of `maml_rl`.
 
     Args:
         model: the policy; see `collect.collector`.
         collect: (key, params, task) -> batch; from `collect.collector`.
-        rule: the inner step size alpha, or any Optax transformation; 0.1 in the paper.
+        rule: the inner step size alpha, or any Optax transformation; 0.1 in the authors' scripts.
         inner_steps: S, adaptation steps in training; 1 or more.
         eval_steps: adaptation steps in evaluation.
-        tx: the outer optimiser; `optax.adam(1e-3)` in the authors' code.
-        outer_steps: steps of it on the trajectories of one meta-update; 5 in the authors' code.
-        clip: epsilon; 0.3 in the authors' code.
-        kl_weight: eta, by nat; 5e-4 in the authors' code, which can adapt it.
+        tx: the outer optimiser; `optax.adam(1e-3)` in the authors' scripts.
+        outer_steps: steps of it in a meta-update; 5 in the authors' scripts.
+        clip: epsilon; 0.3 in the authors' scripts.
+        kl_weight: eta, per nat; 5e-4 in the authors' scripts. That they can adapt it is left out.
         multi_step_loss: whether the policy is judged after every one of the S steps, as `maml_rl` does it.
-        chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
+        chunk_size: tasks differentiated at a time, a divisor of each device's share of them; see `outer.meta_learner`.
 
     Returns:
-        A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
-        `return_after` adaptation, the `loss` and `grad_norm` before the last of its steps, and the share of `unstable`
-        trajectories. `evaluate` is that of `maml_rl`.
+        A meta-learner over the tasks of an environment. `update` reports what that of `maml_rl` does, the `surrogate` without
+        clipping and the `grad_norm` before the last of its steps; and `kl_before`, the divergence before adaptation that the
+        update has made, in nats. `evaluate` is that of `maml_rl`.
 
     Raises:
         ValueError: a count, `clip` or `kl_weight` out of range, a step size that is not positive and finite, a rule without
-            finite meta-gradients.
-
-    Differs from the authors' code: the weight of the divergence is constant, and advantages are not shifted to be positive.
+            finite meta-gradients, TRPO as `tx`; at the first update, a `chunk_size` that does not divide the tasks.
     """
     check_count("inner_steps", inner_steps)
     check_count("outer_steps", outer_steps)
     if not 0 < clip < 1:
-        raise ValueError(f"clip must lie between 0 and 1, got {clip}. The authors' code has 0.3.")
-    if not (math.isfinite(kl_weight) and kl_weight >= 0):
-        raise ValueError(f"kl_weight must be finite and not negative, got {kl_weight}. The authors' code has 5e-4.")
+        raise ValueError(f"clip must lie strictly between 0 and 1, got {clip}. The authors' scripts have 0.3.")
+    if not 0 <= kl_weight < float("inf"):
+        raise ValueError(f"kl_weight must be finite and not negative, got {kl_weight}. The authors' scripts have 5e-4.")
     rule = rule_for(model, rule, differentiable=True)
-    judged_from = 1 if multi_step_loss else inner_steps
     plain = maml_rl(model, collect, rule=rule, inner_steps=inner_steps, eval_steps=eval_steps, tx=tx)
+    if isinstance(jax.eval_shape(plain.init, jax.random.key(0)).opt, TrustRegionState):
+        raise ValueError("tx must take small steps on the loss, such as optax.adam(1e-3); with trpo(...) use maml_rl.")
+    judged_from = 1 if multi_step_loss else inner_steps
 
-    def gather(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
-        keys, tasks = keys_and_tasks
-        return jax.vmap(partial(collect_and_adapt, model, collect, rule, inner_steps), (0, None, 0))(keys, params, tasks)
-
-    def task_loss(params: PyTree, batches: Batch) -> Array:
+    def act_in(params: PyTree, batches: Batch) -> tuple[Array, Array]:
+        """What the policies before and after each step do, in the states of their batches: mean, log-std [S + 1, T, E, a]."""
         before = jax.tree.map(lambda leaf: leaf[:-1], batches)
         _, path = adapt(partial(likelihood_ratio_loss, model), params, before, rule)
-        mean, log_std = jax.vmap(partial(act, model))(path, batches)
-        strayed = jax.vmap(divergence)(before, (mean[:-1], log_std[:-1])).mean()
-        acted = mean[judged_from:], log_std[judged_from:]
-        return jax.vmap(partial(clipped_loss, clip=clip))(judged(judged_from, batches), acted).mean() + kl_weight * strayed
+        return jax.vmap(partial(act, model))(path, batches)
+
+    def judge(loss_fn: Callable, batches: Batch, actions: tuple[Array, Array]) -> Array:
+        acted = jax.tree.map(lambda leaf: leaf[judged_from:], actions)
+        return jax.vmap(loss_fn)(judged(judged_from, batches), acted).mean()
+
+    def task_loss(params: PyTree, batches: Batch) -> Array:
+        actions = act_in(params, batches)
+        strayed = jax.vmap(divergence)(batches, actions)[:-1].mean()
+        return judge(partial(clipped_loss, clip=clip), batches, actions) + kl_weight * strayed
+
+    def changes(params: PyTree, batches: Batch) -> Metrics:
+        """What an update has made of the policies of one task."""
+        actions = act_in(params, batches)
+        kl = jax.vmap(divergence)(batches, actions)
+        return {
+            "surrogate": judge(surrogate_loss, batches, actions),
+            "kl": kl[judged_from:].mean(),
+            "kl_before": kl[:-1].mean(),
+        }
 
     descend = meta_learner(model.init, task_loss, plain.evaluate, tx=tx, chunk_size=chunk_size)
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
-        keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
-        batches = divide(gather, state.params, (keys, tasks))
-        state, metrics = lax.scan(lambda state, _: descend.update(key, state, batches), state, length=outer_steps)
-        return state, {**summary(batches), **jax.tree.map(lambda values: values[-1], metrics)}
+        batches = collect_from_all(model, collect, rule, inner_steps, key, state.params, tasks)
+        # These steps draw nothing: the key is of no account to them.
+        state, seen = lax.scan(lambda state, _: descend.update(key, state, batches), state, length=outer_steps)
+        changed = divide(partial(map_tasks, changes, chunk_size=chunk_size), state.params, batches)
+        metrics = {**summary(batches), **jax.tree.map(jnp.mean, changed), "grad_norm": seen["grad_norm"][-1]}
+        return state, metrics
 
-    return MetaLearner(plain.init, update, plain.evaluate)
+    return descend._replace(update=update)
 
 
 def clipped_loss(batch: Batch, actions: tuple[Array, Array], clip: float) -> Array:
     """`maml_rl.surrogate_loss`, but nothing is gained by making an action more or less likely than by a factor of 1 + `clip` or
     1 - `clip` (Schulman et al. 2017, arXiv 1707.06347), []."""
-    acted = batch.trajectories
-    ratio = jnp.exp(gaussian.log_prob(acted.actions, *actions) - gaussian.log_prob(acted.actions, acted.mean, acted.log_std))
+    ratio = likelihood_ratio(batch, actions)
     gain = jnp.minimum(ratio * batch.advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * batch.advantages)
-    return -masked_mean(gain, acted.mask)
+    return -masked_mean(gain, batch.trajectories.mask)

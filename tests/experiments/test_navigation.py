@@ -142,11 +142,19 @@ def test_every_method_can_be_built(method):
 
 def test_options_of_promp_reach_it(monkeypatch):
     monkeypatch.setattr(reinforcement, "promp", lambda model, collect, **settings: settings)
-    flags = ["--promp-steps", "7", "--promp-clip", "0.1", "--promp-kl-weight", "0", "--inner-steps", "2"]
+    flags = ["--promp-steps", "7", "--promp-clip", "0.1", "--promp-kl-weight", "0", "--inner-steps", "2", "--meta-lr", "0.5"]
+    monkeypatch.setattr(reinforcement.optax, "adam", lambda step_size: step_size)
     options = runner.parse(navigation.PRESETS, ARGUMENTS + flags)
     settings = reinforcement.build_learner("promp", options, navigation.navigation())
-    expected = {"outer_steps": 7, "clip": 0.1, "kl_weight": 0.0, "inner_steps": 2, "eval_steps": 2}
+    expected = {"outer_steps": 7, "clip": 0.1, "kl_weight": 0.0, "inner_steps": 2, "eval_steps": 2, "multi_step_loss": True}
+    assert settings["tx"] == 0.5
     assert settings.items() >= expected.items()
+
+
+def test_a_bad_option_of_the_last_method_is_said_before_the_first_is_trained(tmp_path, capsys):
+    assert main("--out", tmp_path, "--method", "maml", "promp", "--promp-clip", 1.5) == 2
+    assert "clip must lie strictly between 0 and 1, got 1.5" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_a_context_is_adapted_and_the_network_is_not(tmp_path, monkeypatch):

@@ -12,8 +12,10 @@ import pytest
 from battery import KEY
 from trivial_rl import COLLECT, MODEL, tasks_from
 
-from mamljax.rl.maml_rl import maml_rl, surrogate_loss
+from mamljax import gaussian
+from mamljax.rl.maml_rl import act, collect_and_adapt, divergence, likelihood_ratio_loss, maml_rl, surrogate_loss
 from mamljax.rl.promp import clipped_loss, promp
+from mamljax.rl.trpo import trpo
 
 SETTINGS = {"rule": 0.3, "inner_steps": 1, "eval_steps": 2}
 
@@ -29,36 +31,57 @@ def test_the_first_step_is_that_of_maml_on_likelihood_ratios(inner_steps, multi_
     )
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
     jax.tree.map(close, found.params, expected.params)
-    for name in ("return_before", "return_after", "unstable", "grad_norm"):
+    for name in theirs:
         close(ours[name], theirs[name])
     assert not battery.equal(found.params, start.init(KEY).params)
 
 
-def test_steps_go_on_from_one_another_on_the_same_trajectories():
-    """Two steps are not one of twice the size, and what is reported of the trajectories is the same."""
-    settings = SETTINGS | {"tx": optax.sgd(0.3), "kl_weight": 0.0}
-    results = {}
-    for outer_steps in (1, 2):
-        learner = promp(MODEL, COLLECT, outer_steps=outer_steps, **settings)
-        results[outer_steps] = jax.jit(learner.update)(KEY, learner.init(KEY), tasks_from(0))
-    start = learner.init(KEY).params
-    once, twice = (jax.tree.leaves(jax.tree.map(jnp.subtract, results[n][0].params, start)) for n in (1, 2))
-    assert max(jnp.abs(two - 2 * one).max() for one, two in zip(once, twice, strict=True)) > 1e-3
-    assert results[1][1]["return_after"] == results[2][1]["return_after"]
-    assert results[2][1]["loss"] < results[1][1]["loss"]
+def test_two_steps_on_what_two_steps_of_adaptation_gathered():
+    """Written out, on the batches that an update with the same key gathers; where some ratios are clipped, and the divergence
+    counts as much as they."""
+    lr, clip, kl_weight = 0.1, 0.02, 3.0
+    settings = {"rule": 0.3, "inner_steps": 2, "eval_steps": 0, "tx": optax.sgd(lr)}
+    learner = promp(MODEL, COLLECT, outer_steps=2, clip=clip, kl_weight=kl_weight, **settings)
+    state = learner.init(KEY)
+    found, metrics = jax.jit(learner.update)(KEY, state, tasks_from(0))
 
+    def along(params, batches):
+        """The policies before and after each step, and what each does in the states of its batch."""
+        actions = []
+        for step in range(3):
+            batch = jax.tree.map(lambda leaf, step=step: leaf[step], batches)
+            actions.append((batch, act(MODEL, params, batch)))
+            gradient = jax.grad(functools.partial(likelihood_ratio_loss, MODEL))(params, batch)
+            params = jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, params, gradient)
+        return actions
 
-def test_the_weight_of_the_divergence_holds_the_policy_before_adaptation():
-    """In the one state that there is: how far the mean of its action moves in twenty steps."""
-    moved = {}
-    for kl_weight in (0.0, 5.0):
-        learner = promp(MODEL, COLLECT, tx=optax.sgd(0.01), outer_steps=20, kl_weight=kl_weight, **SETTINGS)
-        state = learner.init(KEY)
-        after, _ = jax.jit(learner.update)(KEY, state, tasks_from(0))
-        old, new = (MODEL.apply(params, jnp.ones(1))[0] for params in (state.params, after.params))
-        moved[kl_weight] = jnp.abs(new - old).max()
-    assert moved[0.0] > 0.01
-    assert moved[5.0] < 0.5 * moved[0.0]
+    def ratio_of(batch, actions):
+        acted = batch.trajectories
+        return jnp.exp(gaussian.log_prob(acted.actions, *actions) - gaussian.log_prob(acted.actions, acted.mean, acted.log_std))
+
+    def loss(params, batches):
+        *before, (judge, actions) = along(params, batches)
+        ratio, advantages = ratio_of(judge, actions), judge.advantages
+        clipped = jnp.where(advantages > 0, jnp.minimum(ratio, 1 + clip), jnp.maximum(ratio, 1 - clip))
+        strayed = [divergence(*policy) for policy in before]
+        return -(clipped * advantages).mean() + kl_weight * (strayed[0] + strayed[1]) / 2  # no step is masked here
+
+    @jax.jit
+    def written_out(params):
+        gather = functools.partial(collect_and_adapt, MODEL, COLLECT, optax.sgd(0.3), 2)
+        batches = jax.vmap(gather, (0, None, 0))(jax.random.split(KEY, 6), params, tasks_from(0))
+        for _ in range(2):
+            ratios = jax.vmap(lambda batches, params=params: ratio_of(*along(params, batches)[2]))(batches)
+            grads = jax.grad(lambda params: jax.vmap(loss, (None, 0))(params, batches).mean())(params)
+            params = jax.tree.map(lambda leaf, slope: leaf - lr * slope, params, grads)
+        kl = jax.vmap(lambda batches: jnp.stack([divergence(*policy) for policy in along(params, batches)]))(batches)
+        return params, ratios, kl.mean(0)
+
+    expected, ratios, kl = written_out(state.params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found.params, expected)
+    assert 0.05 < (jnp.abs(ratios - 1) > clip).mean() < 0.95  # when the second step is taken
+    np.testing.assert_allclose(metrics["kl_before"], kl[:2].mean(), rtol=1e-3)
+    np.testing.assert_allclose(metrics["kl"], kl[2], rtol=1e-3)
 
 
 def test_ratios_are_clipped_where_they_would_gain():
@@ -81,18 +104,30 @@ def test_ratios_are_clipped_where_they_would_gain():
     assert found > surrogate_loss(batch, (new["mean"], new["log_std"])) + 0.1
 
 
+def test_a_ratio_without_end_has_no_gradient_and_is_no_nan():
+    """An action that is e^100 times as likely as it was, and was better than expected, or worse."""
+    batch = jax.jit(COLLECT)(KEY, MODEL.init(KEY), jnp.float32(1.0))
+    steps = batch.trajectories
+    steps = steps._replace(actions=steps.mean, log_std=jnp.full_like(steps.log_std, 100.0))
+    for advantage in (1.0, -1.0):
+        judged = batch._replace(trajectories=steps, advantages=jnp.full_like(batch.advantages, advantage))
+        gradient = jax.grad(lambda mean, judged=judged: clipped_loss(judged, (mean, jnp.zeros_like(mean)), 0.2))(steps.mean)
+        assert (gradient == 0).all()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"inner_steps": 0}, "inner_steps must be a whole number of at least 1, got 0"),
         ({"outer_steps": 0}, "outer_steps must be a whole number of at least 1, got 0"),
-        ({"clip": 0.0}, "clip must lie between 0 and 1, got 0.0"),
-        ({"clip": float("nan")}, "clip must lie between 0 and 1, got nan"),
+        ({"clip": 1.0}, "clip must lie strictly between 0 and 1, got 1.0"),
+        ({"clip": float("nan")}, "clip must lie strictly between 0 and 1, got nan"),
         ({"kl_weight": -1.0}, "kl_weight must be finite and not negative, got -1.0"),
         ({"rule": 0.0}, "the inner step size must be positive and finite, got 0.0"),
         ({"rule": optax.adam(0.1)}, "the inner rule has no finite derivative"),
         ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
         ({"tx": 0.1}, "tx must be an Optax transformation"),
+        ({"tx": trpo(0.01)}, "tx must take small steps on the loss, such as optax.adam(1e-3); with trpo(...) use maml_rl"),
     ],
 )
 def test_bad_settings(settings, message):
