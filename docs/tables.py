@@ -52,10 +52,16 @@ ENTRIES = (
     Entry("miniImageNet 5-way 5-shot, with the 1-shot network, %", "miniimagenet-5w5s_from_1s", 10),
     Entry("2D navigation: return", "navigation", 1),
     Entry("2D navigation: return", "navigation", 3),
+    Entry("2D navigation, ProMP: return", "navigation_promp", 1, "promp"),
+    Entry("2D navigation, ProMP: return", "navigation_promp", 3, "promp"),
     Entry("Half-cheetah, goal velocity: return", "half_cheetah_velocity", 3),
+    Entry("Half-cheetah, goal velocity, ProMP: return", "half_cheetah_velocity", 3, "promp"),
     Entry("Half-cheetah, goal direction: return", "half_cheetah_direction", 3),
+    Entry("Half-cheetah, goal direction, ProMP: return", "half_cheetah_direction", 3, "promp"),
     Entry("Ant, goal velocity: return", "ant_velocity", 3),
+    Entry("Ant, goal velocity, ProMP: return", "ant_velocity_promp", 3, "promp"),
     Entry("Ant, goal direction: return", "ant_direction", 3),
+    Entry("Ant, goal direction, ProMP: return", "ant_direction_promp", 3, "promp"),
 )
 
 
