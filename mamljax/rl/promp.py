@@ -52,7 +52,7 @@ def promp(
     how much more likely than the policy that acted the adapted one makes an action, and $D_s$ the divergence, before adaptation
     step $s$, from the policy that gathered the trajectories of that step. Clipping takes from the adapted policy what it could
     gain by going further; the divergence is of those before it, which TRPO does not bound. A meta-update takes several steps of
-    `tx` on this loss, of which the first is that of `maml_rl`.
+    `tx` on this loss, the first of them along the meta-gradient of `maml_rl`.
 
     Args:
         model: the policy; see `collect.collector`.
@@ -88,30 +88,16 @@ def promp(
         raise ValueError("tx must take small steps on the loss, such as optax.adam(1e-3); with trpo(...) use maml_rl.")
     judged_from = 1 if multi_step_loss else inner_steps
 
-    def act_in(params: PyTree, batches: Batch) -> tuple[Array, Array]:
-        """What the policies before and after each step do, in the states of their batches: mean, log-std [S + 1, T, E, a]."""
-        before = jax.tree.map(lambda leaf: leaf[:-1], batches)
-        _, path = adapt(partial(likelihood_ratio_loss, model), params, before, rule)
-        return jax.vmap(partial(act, model))(path, batches)
-
-    def judge(loss_fn: Callable, batches: Batch, actions: tuple[Array, Array]) -> Array:
-        acted = jax.tree.map(lambda leaf: leaf[judged_from:], actions)
-        return jax.vmap(loss_fn)(judged(judged_from, batches), acted).mean()
+    def changes(params: PyTree, batches: Batch, loss_fn: Callable = surrogate_loss) -> Metrics:
+        """The loss of the policies of one task, and their divergences from those that acted."""
+        actions = _act_on_path(model, rule, params, batches)
+        kl = jax.vmap(divergence)(batches, actions)
+        loss = jax.vmap(loss_fn)(judged(judged_from, batches), jax.tree.map(lambda leaf: leaf[judged_from:], actions)).mean()
+        return {"surrogate": loss, "kl": kl[judged_from:].mean(), "kl_before": kl[:-1].mean()}
 
     def task_loss(params: PyTree, batches: Batch) -> Array:
-        actions = act_in(params, batches)
-        strayed = jax.vmap(divergence)(batches, actions)[:-1].mean()
-        return judge(partial(clipped_loss, clip=clip), batches, actions) + kl_weight * strayed
-
-    def changes(params: PyTree, batches: Batch) -> Metrics:
-        """What an update has made of the policies of one task."""
-        actions = act_in(params, batches)
-        kl = jax.vmap(divergence)(batches, actions)
-        return {
-            "surrogate": judge(surrogate_loss, batches, actions),
-            "kl": kl[judged_from:].mean(),
-            "kl_before": kl[:-1].mean(),
-        }
+        changed = changes(params, batches, partial(clipped_loss, clip=clip))
+        return changed["surrogate"] + kl_weight * changed["kl_before"]
 
     descend = meta_learner(model.init, task_loss, plain.evaluate, tx=tx, chunk_size=chunk_size)
 
@@ -124,6 +110,13 @@ def promp(
         return state, metrics
 
     return descend._replace(update=update)
+
+
+def _act_on_path(model: Model, rule: optax.GradientTransformation, params: PyTree, batches: Batch) -> tuple[Array, Array]:
+    """What the policies before and after each step do in the states of their batches: mean and log-std, [S + 1, T, E, a]."""
+    before = jax.tree.map(lambda leaf: leaf[:-1], batches)
+    _, path = adapt(partial(likelihood_ratio_loss, model), params, before, rule)
+    return jax.vmap(partial(act, model))(path, batches)
 
 
 def clipped_loss(batch: Batch, actions: tuple[Array, Array], clip: float) -> Array:
