@@ -34,13 +34,14 @@ ALLOWED = {
     "interruption": set(),
     "train": FOUNDATION | {"checkpoint", "record", "devices", "loop", "divergence", "interruption"},
     "evaluate": FOUNDATION | {"devices"},
-    "report": FOUNDATION | {"record"},
+    "figures": set(),
+    "report": FOUNDATION | {"record", "figures"},
     "maml": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
     "maml_plus_plus": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "reptile": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "gaussian": set(),
     "baselines": FOUNDATION | {"gaussian", "losses", "models", "inner", "rules", "outer", "maml"},
-    "rl": FOUNDATION | {"gaussian", "models", "inner", "rules", "devices"},
+    "rl": FOUNDATION | {"gaussian", "models", "inner", "rules", "outer", "devices"},
 }
 
 
