@@ -65,7 +65,7 @@ def product_rate(counted: Mapping[Product, int], repeats: int, *, share: float =
     return done / seconds
 
 
-def _product_seconds(product: Product, repeats: int, *, enough: float = 2e9, at_most: int = 100_000) -> float:
+def _product_seconds(product: Product, repeats: int, *, enough: float = 1e10, at_most: int = 100_000) -> float:
     """Time of one product: of a compiled loop of as many as make `enough` FLOP, of `at_most` if those are more."""
     count = min(1 + int(enough / product.flops), at_most)
     left_key, right_key = jax.random.split(jax.random.key(0))

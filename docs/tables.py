@@ -61,6 +61,7 @@ ENTRIES = (
     Entry("Ant, goal velocity: return", "ant_velocity", 3),
     Entry("Ant, goal velocity, ProMP: return", "ant_velocity_promp", 3, "promp"),
     Entry("Ant, goal direction: return", "ant_direction", 3),
+    Entry("Ant, goal direction, ProMP: return", "ant_direction_promp", 3, "promp"),
 )
 
 
