@@ -83,7 +83,7 @@ class Options(runner.Options):
     meta_lr: float = 0.001
     """Adam: step size."""
     promp_steps: int = 5
-    """ProMP: steps of Adam on the trajectories of a meta-update; this and what follows as in its authors' scripts."""
+    """ProMP: steps of Adam on the trajectories of a meta-update; this, like the next two, as in its authors' scripts."""
     promp_clip: float = 0.3
     """ProMP: how far from 1 the ratio of an action's probabilities may go and still gain."""
     promp_kl_weight: float = 5e-4

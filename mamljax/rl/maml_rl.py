@@ -95,11 +95,12 @@ def maml_rl(
     judged_from = min(1, inner_steps) if multi_step_loss else inner_steps
     inner_loss = {"log_prob": reinforce_loss, "likelihood_ratio": likelihood_ratio_loss}[inner_objective]
 
+    collect_one = partial(collect_and_adapt, model, collect, rule, inner_steps)
     act_adapted = partial(_act_adapted, model, partial(inner_loss, model), rule, judged_from, differentiation)
     act_in_all = partial(map_tasks, act_adapted, chunk_size=chunk_size)
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
-        batches = collect_from_all(model, collect, rule, inner_steps, key, state.params, tasks)
+        batches = collect_from_all(collect_one, key, state.params, tasks)
         judges = jax.vmap(partial(judged, judged_from))(batches)
         extra = _outer_arguments(partial(divide, act_in_all, tasks=batches), judges, state.params)
         updates, opt = tx.update(extra["grad"], state.opt, state.params, **extra)
@@ -190,20 +191,12 @@ def map_tasks(fn: Callable[[PyTree, Batch], PyTree], params: PyTree, batches: Ba
     return lax.map(partial(fn, params), batches, batch_size=batch_size)
 
 
-def collect_from_all(
-    model: Model,
-    collect: CollectFn,
-    rule: optax.GradientTransformation,
-    num_steps: int,
-    key: Array,
-    params: PyTree,
-    tasks: PyTree,
-) -> Batch:
-    """Adapt a policy to each of a meta-batch of tasks, divided among the devices; the batches are [B, num_steps + 1, ...]."""
+def collect_from_all(collect_one: CollectFn, key: Array, params: PyTree, tasks: PyTree) -> Batch:
+    """Apply `collect_one(key, params, task)` to each of a meta-batch of tasks [B, ...], divided among the devices."""
 
     def of_share(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
         keys, tasks = keys_and_tasks
-        return jax.vmap(partial(collect_and_adapt, model, collect, rule, num_steps), (0, None, 0))(keys, params, tasks)
+        return jax.vmap(collect_one, (0, None, 0))(keys, params, tasks)
 
     return divide(of_share, params, (jax.random.split(key, len(jax.tree.leaves(tasks)[0])), tasks))
 

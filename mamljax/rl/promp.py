@@ -16,6 +16,7 @@ from mamljax.rl.advantages import masked_mean
 from mamljax.rl.collect import Batch, CollectFn
 from mamljax.rl.maml_rl import (
     act,
+    collect_and_adapt,
     collect_from_all,
     divergence,
     judged,
@@ -86,6 +87,7 @@ def promp(
     plain = maml_rl(model, collect, rule=rule, inner_steps=inner_steps, eval_steps=eval_steps, tx=tx)
     if isinstance(jax.eval_shape(plain.init, jax.random.key(0)).opt, TrustRegionState):
         raise ValueError("tx must take small steps on the loss, such as optax.adam(1e-3); with trpo(...) use maml_rl.")
+    collect_one = partial(collect_and_adapt, model, collect, rule, inner_steps)
     judged_from = 1 if multi_step_loss else inner_steps
 
     def changes(params: PyTree, batches: Batch, loss_fn: Callable = surrogate_loss) -> Metrics:
@@ -102,7 +104,7 @@ def promp(
     descend = meta_learner(model.init, task_loss, plain.evaluate, tx=tx, chunk_size=chunk_size)
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
-        batches = collect_from_all(model, collect, rule, inner_steps, key, state.params, tasks)
+        batches = collect_from_all(collect_one, key, state.params, tasks)
         # These steps draw nothing: the key is of no account to them.
         state, seen = lax.scan(lambda state, _: descend.update(key, state, batches), state, length=outer_steps)
         changed = divide(partial(map_tasks, changes, chunk_size=chunk_size), state.params, batches)
