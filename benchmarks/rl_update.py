@@ -28,14 +28,14 @@ from jax import Array
 from mamljax import report
 from mamljax.devices import BY_TASK, divide, on, place, task_mesh
 from mamljax.models import gaussian_policy
-from mamljax.rl.collect import CollectFn, collector
+from mamljax.rl.collect import Collector, collector
 from mamljax.rl.environment import Environment
 from mamljax.rl.locomotion import locomotion
 from mamljax.rl.maml_rl import maml_rl
 from mamljax.rl.navigation import navigation
 from mamljax.rl.promp import promp
 from mamljax.rl.trpo import TrustRegionState, trpo
-from mamljax.types import MetaLearner, Model, PyTree, State
+from mamljax.types import MetaLearner, PyTree, State
 
 SHARED = {"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "chunk_size": 1}
 Name = Literal["navigation", "half_cheetah_velocity", "half_cheetah_direction", "ant_velocity", "ant_direction"]
@@ -65,18 +65,18 @@ class Options:
 
 def build_maml(environment: Environment, tx: optax.GradientTransformation, **sizes: int) -> MetaLearner:
     """MAML with the paper's policy and one adaptation step, its inner objective that of the locomotion presets."""
-    return maml_rl(*policy_and_collector(environment, **sizes), tx=tx, inner_objective="likelihood_ratio", **SHARED)
+    return maml_rl(collector_of(environment, **sizes), tx=tx, inner_objective="likelihood_ratio", **SHARED)
 
 
 def build_promp(environment: Environment, **sizes: int) -> MetaLearner:
     """ProMP with the same policy."""
-    return promp(*policy_and_collector(environment, **sizes), tx=optax.adam(1e-3), **SHARED)
+    return promp(collector_of(environment, **sizes), tx=optax.adam(1e-3), **SHARED)
 
 
-def policy_and_collector(environment: Environment, *, trajectories: int, horizon: int) -> tuple[Model, CollectFn]:
+def collector_of(environment: Environment, *, trajectories: int, horizon: int) -> Collector:
     """The paper's policy, and how it gathers trajectories."""
     policy = gaussian_policy(environment.observation_size, environment.action_size)
-    return policy, collector(policy, environment, horizon=horizon, trajectories=trajectories)
+    return collector(policy, environment, horizon=horizon, trajectories=trajectories)
 
 
 def first_update(learner: MetaLearner, environment: Environment, num_tasks: int) -> tuple[Array, State, PyTree]:

@@ -7,13 +7,12 @@ Beside it is the rate of arithmetic, as a share of what `jnp.matmul` reaches in 
 network has.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import arithmetic
@@ -22,7 +21,6 @@ import jax
 import numpy as np
 import optax
 from jax import Array
-from jax.experimental.compilation_cache import compilation_cache
 from jax.tree_util import Partial
 from problems import META_LR, PROBLEMS, Name, Problem, build_learner, problem_here, weights_and_tasks
 
@@ -109,11 +107,10 @@ def measure(options: Options) -> list[report.Row]:
         raise ValueError(f"--seconds must be {SHORTEST:g} or more, got {options.seconds}.")
     changes = {name: value for name in ("width", "chunk_size") if (value := getattr(options, name)) is not None}
     rows = []
-    with _compiled_once():
-        for name in options.problem:
-            for num_tasks in options.num_tasks:
-                rows += compare(problem_here(name)._replace(num_tasks=num_tasks, **changes), options)
-                print(f"{name}, {num_tasks} tasks: done", file=sys.stderr)
+    for name in options.problem:
+        for num_tasks in options.num_tasks:
+            rows += compare(problem_here(name)._replace(num_tasks=num_tasks, **changes), options)
+            print(f"{name}, {num_tasks} tasks: done", file=sys.stderr)
     return rows
 
 
@@ -147,20 +144,6 @@ def one_update(problem: Problem, learner: MetaLearner) -> tuple[Callable, Array,
     """A compiled meta-update on the fixed tasks, and its arguments."""
     params, tasks = jax.device_put(weights_and_tasks(problem))
     return jax.jit(learner.update), jax.random.key(0), State(params, optax.adam(META_LR).init(params)), tasks
-
-
-@contextlib.contextmanager
-def _compiled_once() -> Iterator[None]:
-    """Keep compiled programs for the time of the benchmark, as every call of `fit` asks for its own."""
-    before = jax.config.jax_compilation_cache_dir
-    with tempfile.TemporaryDirectory() as directory:
-        try:
-            jax.config.update("jax_compilation_cache_dir", directory)
-            compilation_cache.reset_cache()
-            yield
-        finally:
-            jax.config.update("jax_compilation_cache_dir", before)
-            compilation_cache.reset_cache()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,7 +36,7 @@ class Arithmetic(NamedTuple):
 
 
 def strided_conv(params: Params, x: Tensor) -> Tensor:
-    """`models.StridedConvNet` of images [n, C, H, W]; logits [n, ways]."""
+    """`image_models.StridedConvNet` of images [n, C, H, W]; logits [n, ways]."""
     for block in range(4):
         missing = [max((-(-size // 2) - 1) * 2 + 3 - size, 0) for size in (x.shape[3], x.shape[2])]
         x = functional.pad(x, [side for pad in missing for side in (pad // 2, pad - pad // 2)])

@@ -38,7 +38,7 @@ from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.figures import new_figure
 from mamljax.losses import cross_entropy
 from mamljax.maml import fine_tune
-from mamljax.types import MetaLearner, PyTree, SampleFn, State, Task, as_argument
+from mamljax.types import MetaLearner, PyTree, SampleFn, State, Task, as_partial
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,7 +113,7 @@ def train(method: Method, options: Options, data: Data, run: runner.Run, begun_w
         return 1 - scores["accuracy"][:, -1].mean()
 
     sample = data.labelled if method in TRANSFER else data.train
-    result = run.train(method, learner, sample, validate_fn=Partial(validation_error, as_argument(data.val)), config=config)
+    result = run.train(method, learner, sample, validate_fn=Partial(validation_error, as_partial(data.val)), config=config)
     return result.best, result.num_updates
 
 
@@ -137,7 +137,7 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
         scores = accuracies(learner, states, sample, seed=VALIDATION_SEED, **sizes)
         return scores[..., -1].mean()
 
-    return max(options.tuning_lrs, key=lambda lr: score(lr, states, as_argument(data.val)))
+    return max(options.tuning_lrs, key=lambda lr: score(lr, states, as_partial(data.val)))
 
 
 def draw_episodes(method: Method, options: Options, data: Data, state: State, lr: float, path: Path, *, count: int = 4) -> None:
@@ -157,7 +157,7 @@ def draw_episodes(method: Method, options: Options, data: Data, state: State, lr
     panels = figure.subplots(count, 2 * shown, squeeze=False)
     for number, row in enumerate(panels):
         key = jax.random.fold_in(jax.random.key(TEST_SEED), number)
-        task, guesses = adapted(state.params, as_argument(data.test), key)
+        task, guesses = adapted(state.params, as_partial(data.test), key)
         labels = np.asarray(task.query.y)
         for label in range(shown):
             first = int((np.asarray(task.support.y) == label).argmax())

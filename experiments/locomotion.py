@@ -132,16 +132,16 @@ def draw_strip(options: Options, env: Environment, trained: Trained, path: Path)
 @functools.partial(jax.jit, static_argnames=("options", "env"))
 def adapted_positions(options: Options, env: Environment, params: PyTree, lr: Array, key: Array, task: Array) -> Array:
     """Where the robot is at each step of a trajectory of mean actions, before and after one adaptation step: [2, T, nq]."""
-    model, collect = reinforcement.policy_and_collector("maml", reinforcement.at_test(options), env)
+    policy, collect = reinforcement.collector_of("maml", reinforcement.at_test(options), env)
     rule = reinforcement.rule_of("maml", lr)
     batch_key, reset_key, step_key = jax.random.split(key, 3)
     batches = jax.tree.map(lambda leaf: leaf[None], collect(batch_key, params, task))
-    _, path = adapt(functools.partial(reinforce_loss, model), params, batches, rule)
+    _, path = adapt(functools.partial(reinforce_loss, policy), params, batches, rule)
 
     def trajectory(params: PyTree) -> Array:
         def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
             state, observation = carry
-            outcome = env.step(key, state, model.apply(params, observation[None])[0][0], task)
+            outcome = env.step(key, state, policy.apply(params, observation[None])[0][0], task)
             return (outcome.state, outcome.observation), state.position
 
         return lax.scan(step, env.reset(reset_key, task), jax.random.split(step_key, options.horizon))[1]

@@ -18,14 +18,14 @@ from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.figures import legend_below, new_figure
 from mamljax.models import gaussian_policy, with_context
 from mamljax.record import read_metrics
-from mamljax.rl.collect import CollectFn, collector
+from mamljax.rl.collect import Collector, collector
 from mamljax.rl.environment import Environment
 from mamljax.rl.maml_rl import InnerObjective, maml_rl
 from mamljax.rl.observed import with_task_observed
 from mamljax.rl.promp import promp
 from mamljax.rl.trpo import HessianVectorProduct, trpo
 from mamljax.rules import all_but
-from mamljax.types import MetaLearner, Metrics, Model, State
+from mamljax.types import MetaLearner, Metrics, State
 
 ADAPTING = ("maml", "fomaml", "promp", "context")  # in training already
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
@@ -178,7 +178,7 @@ def train(method: Method, options: Options, run: runner.Run, env: Environment) -
 
 def build_learner(method: Method, options: Options, env: Environment) -> MetaLearner:
     """A method by its name."""
-    model, collect = policy_and_collector(method, options, env)
+    collect = collector_of(method, options, env)
     shared = {
         "rule": rule_of(method, options.inner_lr),
         "inner_steps": options.inner_steps if method in ADAPTING else 0,
@@ -188,9 +188,8 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
     }
     if method == "promp":
         how = {"outer_steps": options.promp_steps, "clip": options.promp_clip, "kl_weight": options.promp_kl_weight}
-        return promp(model, collect, tx=optax.adam(options.meta_lr), **how, **shared)
+        return promp(collect, tx=optax.adam(options.meta_lr), **how, **shared)
     return maml_rl(
-        model,
         collect,
         tx=outer_optimiser(options),
         inner_objective=options.inner_objective,
@@ -204,14 +203,14 @@ def at_test(options: Options) -> Options:
     return dataclasses.replace(options, trajectories=options.eval_trajectories)
 
 
-def policy_and_collector(method: Method, options: Options, env: Environment) -> tuple[Model, CollectFn]:
+def collector_of(method: Method, options: Options, env: Environment) -> Collector:
     """The policy of a method, and how it gathers trajectories; the oracle's sees the task."""
     env = with_task_observed(env) if method == "oracle" else env
     further = options.context_size if method == "context" else 0
     model = gaussian_policy(env.observation_size + further, env.action_size, hidden_sizes=options.hidden_sizes)
     model = with_context(model, further) if further else model
     sizes = {name: getattr(options, name) for name in ("horizon", "trajectories", "discount", "gae_lambda")}
-    return model, collector(model, env, **sizes)
+    return collector(model, env, **sizes)
 
 
 def outer_optimiser(options: Options) -> optax.GradientTransformation:
@@ -234,9 +233,9 @@ def measure(method: Method, options: Options, env: Environment, states: State, l
 
 @functools.partial(jax.jit, static_argnames=("method", "options", "env"))
 def _measure(states: State, lr: Array, key: Array, *, method: Method, options: Options, env: Environment) -> Metrics:
-    model, collect = policy_and_collector(method, at_test(options), env)
+    collect = collector_of(method, at_test(options), env)
     steps = 0 if method == "oracle" else options.eval_steps
-    learner = maml_rl(model, collect, rule=rule_of(method, lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
+    learner = maml_rl(collect, rule=rule_of(method, lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
     evaluate_one = functools.partial(evaluate, sample=env.sample_task, key=key, num_tasks=options.eval_tasks)
     return jax.vmap(lambda params: evaluate_one(learner, State(params, ())))(states.params)
 

@@ -4,10 +4,10 @@ An experiment is a dataclass of options, which tyro turns into a command line, a
 its methods through a `Run`.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import errno
-import itertools
 import logging
 import math
 import os
@@ -274,7 +274,8 @@ def run_script(experiment: str, presets: Mapping[str, AnyOptions], execute: Call
 
 @contextlib.contextmanager
 def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
-    """Make the devices and join the processes that were asked for; files are written by the first, the others' to no account.
+    """Make the devices and join the processes that were asked for. Only the first process's files are kept: the others write
+    to a temporary directory.
 
     Raises:
         ValueError: the other processes cannot be joined.
@@ -293,8 +294,9 @@ def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
 
 def parse(presets: Mapping[str, AnyOptions], argv: Sequence[str]) -> AnyOptions:
     """Read options from a command line, on top of those of its `--preset`; exits with code 2 if it is malformed."""
-    default = next(iter(presets.values()))
-    for name, options in presets.items():
-        if f"--preset={name}" in argv or ("--preset", name) in itertools.pairwise(argv):
-            default = options
+    first = next(iter(presets))
+    beforehand = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    beforehand.add_argument("--preset", nargs="?", default=first)
+    preset = beforehand.parse_known_args(argv)[0].preset
+    default = presets.get(preset, presets[first])  # of any other, tyro says what is wrong
     return tyro.cli(type(default), default=default, args=argv)

@@ -41,8 +41,7 @@ KERNEL_INITS = {"corrected": jax.nn.initializers.lecun_normal(), "paper": jax.nn
 TUNED = ("reptile", "pretrained", "random", *PENALTIES)  # their step size of fine-tuning is tuned
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 Method = Literal[
-    *("maml", "fomaml", "reptile", "pretrained", "oracle", "random"),
-    *("multi_task", "multi_task_norm", "multi_task_mean"),
+    "maml", "fomaml", "reptile", "pretrained", "oracle", "random", "multi_task", "multi_task_norm", "multi_task_mean"
 ]
 
 

@@ -158,6 +158,7 @@ def claim_directory(
     if not path.exists():
         _write_config(path, config)
     found = {**defaults, **{name: value for name, value in read_config(directory).items() if name not in free}}
+    # As JSON, in which a NaN equals a NaN.
     keys = [key for key in sorted(config.keys() | found.keys()) if json.dumps(config.get(key)) != json.dumps(found.get(key))]
     if keys and found.keys() == config.keys() and not _is_used(directory):
         _write_config(path, config)

@@ -2,20 +2,39 @@
 
 import numbers
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.types import Examples, PyTree, SampleFn, Task
+from mamljax.types import Examples, LossFn, PyTree, SampleFn, Task
 
 
 def check_count(name: str, value: int, hint: str = "", *, minimum: int = 1) -> None:
     """Raise `ValueError` unless `value` is a whole number of at least `minimum`; `hint` says what to do instead."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}. {hint}".rstrip())
+
+
+def check_counts(**counts: int) -> None:
+    """Raise `ValueError` unless all are whole numbers of at least 1."""
+    for name, count in counts.items():
+        check_count(name, count)
+
+
+def check_choice(name: str, value: object, choices: Any) -> None:
+    """Raise `ValueError` unless `value` is one of the alternatives of a `Literal`."""
+    if value not in get_args(choices):
+        raise ValueError(f"{name} must be one of {get_args(choices)}, got {value!r}.")
+
+
+def check_metric_fns(metric_fns: Mapping[str, LossFn]) -> None:
+    """Raise `ValueError` if a metric has the name under which the loss is reported."""
+    if "loss" in metric_fns:
+        raise ValueError('metric_fns must not have "loss", which is the name of the loss itself. Choose another name.')
 
 
 def check_optimiser(tx: optax.GradientTransformation) -> None:

@@ -73,7 +73,7 @@ def mean_over_devices(fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, ta
     if num_shares() == 1:
         return fn(common, tasks)
     specs = {"in_specs": (EVERYWHERE, BY_TASK), "out_specs": EVERYWHERE}
-    return jax.shard_map(lambda *args: lax.pmean(fn(*args), *BY_TASK), check_vma=False, **specs)(common, tasks)
+    return jax.shard_map(lambda *args: lax.pmean(fn(*args), "tasks"), check_vma=False, **specs)(common, tasks)
 
 
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:
@@ -95,6 +95,7 @@ def take_back(tree: PyTree, mesh: Mesh | None) -> PyTree:
     """Return the copies that `place` has made as arrays of the default device."""
     if mesh is None:
         return tree
+    # By way of NumPy: arrays taken from a mesh stay committed to its devices, and could not be combined with others.
     return jax.tree.map(jnp.asarray, _map_data(lambda leaf: leaf, jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)))
 
 

@@ -3,29 +3,33 @@
 import jax
 import numpy as np
 
-from mamljax.types import Metrics, State
+from mamljax.types import Metrics, PyTree
 
 
 class DivergenceError(FloatingPointError):
     """A metric, such as the loss or the meta-gradient's norm, or a parameter is no longer finite."""
 
 
-def finite_means(metrics: Metrics, state: State, done: int, stop: int, where: str) -> dict[str, float]:
-    """The mean of each metric over some updates; raises `DivergenceError` if one is not finite, or the state after them."""
+def finite_means(metrics: Metrics, finite: PyTree, done: int, stop: int, where: str) -> dict[str, float]:
+    """The mean of each metric over some updates; raises `DivergenceError` if one is not finite, or a parameter after them.
+
+    Args:
+        metrics: [..., length] of each update, of which the first `stop - done` were made.
+        finite: whether all numbers of each array of parameters are finite, in the structure of the parameters.
+        done: meta-updates before these.
+        stop: meta-updates after these.
+        where: what is kept, to end a message with.
+    """
     metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
-    _check_finite(metrics, done, where)
-    _check_params(state, stop, where)
+    _check_metrics(metrics, done, where)
+    for path, leaf in jax.tree.leaves_with_path(finite):
+        if not np.all(leaf):
+            name = "params" + jax.tree_util.keystr(path)
+            raise DivergenceError(f"{name} is no longer finite after meta-update {stop}{where}. Lower the outer step size.")
     return {name: float(values.mean()) for name, values in metrics.items()}
 
 
-def _check_params(state: State, done: int, where: str) -> None:
-    for path, leaf in jax.tree.leaves_with_path(state.params):
-        if not np.isfinite(leaf).all():
-            name = "params" + jax.tree_util.keystr(path)
-            raise DivergenceError(f"{name} is no longer finite after meta-update {done}{where}. Lower the outer step size.")
-
-
-def _check_finite(metrics: dict[str, np.ndarray], done: int, where: str) -> None:
+def _check_metrics(metrics: dict[str, np.ndarray], done: int, where: str) -> None:
     for name, values in metrics.items():
         bad = np.argwhere(~np.isfinite(values))
         if len(bad):

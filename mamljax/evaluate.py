@@ -1,6 +1,7 @@
 """Evaluation: metrics of a trained meta-learner over many tasks, with their confidence intervals."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.typing import ArrayLike
 
 from mamljax.checks import check_count, warn_of_constant_tasks
 from mamljax.devices import divide, num_shares
-from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_argument
+from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_partial
 
 
 def evaluate(
@@ -47,13 +48,15 @@ def evaluate(
     batch_size = num_tasks if batch_size is None else batch_size
     check_count("batch_size", batch_size)
 
-    return _evaluate(
-        state, key, as_argument(sample), learner=learner, num_tasks=num_tasks, batch_size=min(batch_size, num_tasks)
-    )
+    return _compile(learner, num_tasks, min(batch_size, num_tasks))(state, key, as_partial(sample))
 
 
-@functools.partial(jax.jit, static_argnames=("learner", "num_tasks", "batch_size"))
-def _evaluate(state: State, key: Array, sample: SampleFn, *, learner: MetaLearner, num_tasks: int, batch_size: int) -> Metrics:
+@functools.lru_cache(maxsize=32)  # not a static argument of `jit`, which would keep every learner there ever was
+def _compile(learner: MetaLearner, num_tasks: int, batch_size: int) -> Callable[[State, Array, SampleFn], Metrics]:
+    return jax.jit(functools.partial(_evaluate, learner, num_tasks, batch_size))
+
+
+def _evaluate(learner: MetaLearner, num_tasks: int, batch_size: int, state: State, key: Array, sample: SampleFn) -> Metrics:
     def one_task(state: State, sample: SampleFn, key: Array) -> Metrics:
         sample_key, evaluate_key = jax.random.split(key)
         return learner.evaluate(evaluate_key, state, sample(sample_key))

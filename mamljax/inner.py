@@ -1,14 +1,14 @@
 """The inner loop: adapt parameters to one task, differentiably."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax.checks import check_params, leading_length, scalar
+from mamljax.checks import check_choice, check_params, leading_length, scalar
 from mamljax.mixed import mixed_mode_gradient
 from mamljax.types import PyTree
 
@@ -42,7 +42,7 @@ def adapt(
         rule: any Optax transformation, `optax.sgd(0.01)` for example.
         differentiation: how to differentiate through the steps.
         unroll_first: take the first step outside the loop over steps, where tasks under `vmap` still share their parameters
-            and so one large product. A task on its own gains nothing by it, and waits longer for the compiler.
+            and so one large product. Without `vmap` this gains nothing and takes longer to compile.
 
     Returns:
         The parameters after the last step, and those before and after each step, every leaf with leading axis [S + 1].
@@ -80,14 +80,13 @@ def adapt(
 
 def _inner_gradient(loss_fn: Callable, differentiation: Differentiation) -> Callable:
     """The gradient of `loss_fn` in its first argument, with the derivative that `differentiation` asks for."""
+    check_choice("differentiation", differentiation, Differentiation)
     gradient = jax.grad(loss_fn)
     if differentiation == "mixed":
         return mixed_mode_gradient(loss_fn)
     if differentiation == "reverse":
         return gradient
-    if differentiation == "first_order":
-        return lambda params, entry: lax.stop_gradient(gradient(params, entry))
-    raise ValueError(f"differentiation must be one of {get_args(Differentiation)}, got {differentiation!r}.")
+    return lambda params, entry: lax.stop_gradient(gradient(params, entry))
 
 
 def _with_axis(params: PyTree) -> PyTree:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mamljax.checks import warn_of_constant_tasks
 from mamljax.devices import BY_TASK, EVERYWHERE, divide, host, place
-from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_argument
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial
 
 LOGGED = ("update", "seconds", "validation_error")  # what a line of the log has beside the metrics
 INIT = 2**32 - 1  # what is folded into the key of the first state: a number that no meta-update has
@@ -22,7 +22,7 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_s
 
     It runs updates `start` to `stop`, at most `length` of them; as both are arguments, one compilation serves every call.
     `sample` must be a pytree, a `jax.tree_util.Partial`; `sampler_spec` says how its arrays lie on several devices. Small tasks
-    are drawn for several updates at once: a call for each of a few random numbers takes longer than to make them.
+    are drawn for several updates at once, as a separate call for a few numbers costs more than the numbers.
     """
 
     update_state = jax.jit(learner.update)  # traced once, though the shapes of its results are asked for before it is called
@@ -40,6 +40,7 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_s
 
         def block(number: Array, carry: tuple) -> tuple:
             """Those of `ahead` updates that belong to this call."""
+            # Blocks begin at multiples of `ahead`: tasks of updates before `start` or from `stop` on are drawn and not used.
             first = number * ahead
             task_keys, update_keys = jax.vmap(lambda t: _keys_of_update(key, t, num_tasks))(first + jnp.arange(ahead))
             tasks = divide(draw, sample, task_keys.swapaxes(0, 1), common_spec=sampler_spec)  # [num_tasks, ahead, ...]
@@ -87,7 +88,7 @@ def preparation(
     Returns it and how the sampler's arrays lie on several devices: where tasks are prepared, each has those of its own.
     """
     if not hasattr(sample, "prepare"):
-        always = place(as_argument(sample), mesh)
+        always = place(as_partial(sample), mesh)
         return lambda start: always, EVERYWHERE
     devices = np.array(jax.local_devices()[:1]) if mesh is None else mesh.devices
     mine = np.flatnonzero([device.process_index == jax.process_index() for device in devices])

@@ -1,14 +1,14 @@
 """Model-agnostic meta-learning (Finn, Abbeel, Levine 2017, arXiv 1703.03400), algorithm 2."""
 
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.checks import check_count, check_task
+from mamljax.checks import check_choice, check_count, check_metric_fns, check_task
 from mamljax.inner import Differentiation, adapt
 from mamljax.outer import meta_learner
 from mamljax.rules import Rule, as_rule, rule_for
@@ -50,8 +50,8 @@ def maml(
         A meta-learner of `Task(support, query)`; `evaluate` returns `loss` and metrics of the query set, [eval_steps + 1].
 
     Raises:
-        ValueError: a count below 1, a step size that is not positive and finite, a rule without finite meta-gradients;
-            at the first update, a malformed task.
+        ValueError: a count below 1, a step size that is not positive and finite, a rule without finite meta-gradients, an
+            unknown `differentiation`; at the first update, a malformed task.
 
     >>> from mamljax.losses import mse
     >>> from mamljax.models import mlp
@@ -61,12 +61,14 @@ def maml(
     """
     check_count("inner_steps", inner_steps, "For no adaptation use pretrain().")
     check_count("eval_steps", eval_steps)
+    check_choice("differentiation", differentiation, Differentiation)
+    check_metric_fns(metric_fns)
     rule = rule_for(model, rule, differentiable=differentiation != "first_order")
-    how = {"differentiation": differentiation, "unroll_first": chunk_size != 1}
+    adapt_task = partial(fine_tune, model, loss_fn, differentiation=differentiation, unroll_first=chunk_size != 1)
 
     def task_loss(params: PyTree, task: Task) -> Array:
         check_task(task)
-        adapted, _ = fine_tune(model, loss_fn, params, task.support, rule, inner_steps, **how)
+        adapted, _ = adapt_task(params, task.support, rule, inner_steps)
         return loss_fn(model.apply(adapted, task.query.x), task.query.y)
 
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
@@ -82,15 +84,17 @@ def fine_tune(
     support: Examples,
     rule: Rule,
     num_steps: int,
-    **how: Any,
+    *,
+    differentiation: Differentiation = "mixed",
+    unroll_first: bool = True,
 ) -> tuple[PyTree, PyTree]:
-    """Take `num_steps` steps of `rule`, each on the whole support set; `how` and what is returned are as of `inner.adapt`."""
+    """Take `num_steps` steps of `rule`, each on the whole support set; options and result are those of `inner.adapt`."""
     rule = as_rule(rule, {}, differentiable=False)  # whoever learns through it checks its derivatives
 
     def support_loss(params: PyTree, step: Array) -> Array:
         return loss_fn(model.apply(params, support.x), support.y)
 
-    return adapt(support_loss, params, jnp.arange(num_steps), rule, **how)
+    return adapt(support_loss, params, jnp.arange(num_steps), rule, differentiation=differentiation, unroll_first=unroll_first)
 
 
 def learning_curve(
@@ -105,8 +109,6 @@ def learning_curve(
 ) -> Metrics:
     """Fine-tune on the support set; the loss and metrics on the query set before and after each step, each [num_steps + 1]."""
     check_task(task)
-    if "loss" in metric_fns:
-        raise ValueError('metric_fns must not have "loss", which is the name of the loss itself. Choose another name.')
     _, path = fine_tune(model, loss_fn, params, task.support, rule, num_steps)
     outputs = jax.vmap(model.apply, in_axes=(0, None))(path, task.query.x)
     named = {"loss": loss_fn, **metric_fns}

@@ -1,6 +1,7 @@
 """MAML++ (Antoniou, Edwards, Storkey 2019, arXiv 1810.09502): MAML whose meta-loss at first counts every step."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -58,23 +59,31 @@ def maml_plus_plus(
         ValueError: a count below 1, a step size that is not positive and finite, a rule without finite meta-gradients; at the
             first update, a malformed task.
 
-    Differs from the paper: normalisation has the statistics of the examples at hand, of which the authors' code keeps running
-    averages for each step, and does not use them.
+    Differs from the paper: normalisation uses the statistics of the examples at hand. (The authors' code keeps running averages
+    for each step as well, but never uses them.)
     """
     check_count("multi_step_updates", multi_step_updates)
-    shared = {"tx": tx, "chunk_size": chunk_size}
-    adaptation = {"inner_steps": inner_steps, "eval_steps": eval_steps, "differentiation": differentiation}
-    plain = maml(model, loss_fn, rule=rule, metric_fns=metric_fns, **adaptation, **shared)
-    how = {"differentiation": differentiation, "unroll_first": chunk_size != 1}
+    plain = maml(
+        model,
+        loss_fn,
+        rule=rule,
+        inner_steps=inner_steps,
+        eval_steps=eval_steps,
+        tx=tx,
+        differentiation=differentiation,
+        metric_fns=metric_fns,
+        chunk_size=chunk_size,
+    )
+    adapt_task = partial(fine_tune, model, loss_fn, differentiation=differentiation, unroll_first=chunk_size != 1)
 
     def weighted_loss(params: PyTree, task_and_weights: tuple[Task, Array]) -> Array:
         task, weights = task_and_weights
         check_task(task)
-        _, path = fine_tune(model, loss_fn, params, task.support, rule, inner_steps, **how)
+        _, path = adapt_task(params, task.support, rule, inner_steps)
         adapted = jax.tree.map(lambda leaf: leaf[1:], path)
         return weights @ jax.vmap(lambda params: loss_fn(model.apply(params, task.query.x), task.query.y))(adapted)
 
-    weighted = meta_learner(model.init, weighted_loss, plain.evaluate, **shared)
+    weighted = meta_learner(model.init, weighted_loss, plain.evaluate, tx=tx, chunk_size=chunk_size)
 
     def init(key: Array) -> State:
         return plain.init(key)._replace(extra=jnp.int32(0))

@@ -25,7 +25,7 @@ def mixed_mode_gradient(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[
 
     def gradient(params: PyTree, entry: PyTree) -> PyTree:
         # What has a derivative of its own must not close over tracers, such as a task's data under vmap. So the loss is
-        # traced once, and what it closed over becomes an argument.
+        # traced once, and what it closed over becomes an argument. (jax.closure_convert leaves tracers of vmap where they are.)
         closed = jax.make_jaxpr(loss_fn)(params, entry)
 
         def pure_loss(params: PyTree, entry_and_closed_over: PyTree) -> Array:
@@ -39,7 +39,7 @@ def mixed_mode_gradient(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[
 
 def _gradient_of_pure(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[[PyTree, PyTree], PyTree]:
     """The same for a loss that closes over no tracers."""
-    joint_gradient = jax.grad(loss_fn, argnums=(0, 1), allow_int=True)
+    joint_gradient = jax.grad(loss_fn, argnums=(0, 1), allow_int=True)  # labels are integers, whose tangents are float0
 
     @jax.custom_vjp
     def gradient(params: PyTree, entry: PyTree) -> PyTree:
@@ -50,6 +50,7 @@ def _gradient_of_pure(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[[P
 
     def backward(residuals: tuple, cotangent: PyTree) -> tuple[PyTree, PyTree]:
         params, entry = residuals
+        # The Hessian is symmetric, so its product with the cotangent from the left is the one with a tangent from the right.
         return jax.jvp(lambda params: joint_gradient(params, entry), (params,), (cotangent,))[1]
 
     gradient.defvjp(forward, backward)

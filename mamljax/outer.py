@@ -36,8 +36,8 @@ def meta_learner(
         gather: (key, params, task) -> data of one task, for a loss that needs random numbers, such as the order of a sequence,
             noise or trajectories; it is not differentiated. By default the data is the task.
         chunk_size: tasks that a device differentiates at a time, a divisor of its share of B; by default all of them. Fewer
-            take less memory, and on a CPU less time where the activations of all tasks do not fit the cache. The result is
-            the same.
+            take less memory, and on a CPU less time when the activations of all tasks exceed the cache. The result is the
+            same.
 
     Returns:
         A meta-learner whose metrics are `loss` (mean over tasks, before the update) and `grad_norm` (of the meta-gradient).
@@ -58,15 +58,18 @@ def meta_learner(
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
         data = jax.vmap(gather, in_axes=(0, None, 0))(keys, state.params, tasks)
 
-        def meta_loss(params: PyTree, data: PyTree = data) -> Array:
+        def meta_loss(params: PyTree, data: PyTree) -> Array:
             if len(jax.tree.leaves(data)[0]) == 1:  # alone, not as a batch of one, whose products take longer
                 return task_loss(params, jax.tree.map(lambda leaf: leaf[0], data))
             return jax.vmap(task_loss, in_axes=(None, 0))(params, data).mean()
 
-        # `jit` keeps the trace: `_mean_over_chunks` first asks for the shapes of the results, and then calls it.
-        mean = partial(_mean_over_chunks, jax.jit(jax.value_and_grad(meta_loss)), chunk_size)
-        loss, grads = mean_over_devices(mean, state.params, data)
-        updates, opt = tx.update(grads, state.opt, state.params, value=loss, grad=grads, value_fn=meta_loss)
+        def over_all(fn: Callable[[PyTree, PyTree], PyTree], params: PyTree) -> PyTree:
+            # `jit` keeps the trace: `_mean_over_chunks` first asks for the shapes of the results, and then calls it.
+            return mean_over_devices(partial(_mean_over_chunks, jax.jit(fn), chunk_size), params, data)
+
+        loss, grads = over_all(jax.value_and_grad(meta_loss), state.params)
+        value_fn = partial(over_all, meta_loss)
+        updates, opt = tx.update(grads, state.opt, state.params, value=loss, grad=grads, value_fn=value_fn)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=optax.apply_updates(state.params, updates), opt=opt), metrics
 

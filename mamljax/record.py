@@ -92,6 +92,10 @@ class Record:
             for name, value in line.items():
                 self.writer.add_scalar(name, value, update)
 
+    def is_due(self, seconds: float) -> bool:
+        """Whether the last checkpoint is older than that."""
+        return self.directory is not None and time.monotonic() - self.saved_at > seconds
+
     def save(self, update: int, tree: PyTree) -> None:
         """Write a checkpoint, unless it is there already."""
         if self.directory is not None and update != self.saved_update:

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from mamljax.checks import check_count, check_task
+from mamljax.checks import check_count, check_metric_fns, check_task
 from mamljax.inner import adapt
 from mamljax.maml import learning_curve
 from mamljax.outer import meta_learner
@@ -57,6 +57,7 @@ def reptile(
     check_count("inner_steps", inner_steps, "With a single one it would be pretrain().", minimum=2)
     check_count("batch_size", batch_size)
     check_count("eval_steps", eval_steps)
+    check_metric_fns(metric_fns)
     rule = rule_for(model, rule, differentiable=False)
 
     def half_squared_distance(params: PyTree, task: Task) -> Array:

@@ -33,7 +33,7 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
     Raises:
         ValueError: the step size is not positive and finite; `params` holds other than floating-point leaves; the rule
             needs more than gradients and parameters, or other parameters; its derivative is not finite, in one of its first
-            steps, where an entry of the gradient is zero, as dead ReLUs have it (Adam with `eps_root=0`).
+            steps, where entries or whole arrays of the gradient are zero, as dead ReLUs have it (Adam with `eps_root=0`).
     """
     check_params(params)
     if _is_number(rule):
@@ -54,12 +54,12 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
         return lax.scan(step, rule.init(params), length=PROBED_STEPS)[1].sum()
 
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
-    gradient = jax.tree.map(_with_dead_entry, ones)
     try:
         if not differentiable:
-            jax.eval_shape(total_update, gradient, ones)
+            jax.eval_shape(total_update, ones, ones)
             return rule
-        derivative = jax.tree.leaves(jax.jit(jax.grad(total_update))(gradient, ones))
+        slope = jax.jit(jax.grad(total_update))
+        derivatives = jax.tree.leaves([slope(gradient, ones) for gradient in _with_dead_units(ones)])
     except (AttributeError, TypeError) as error:
         raise ValueError(f"an inner rule gets gradients and parameters alone, and this one needs more: {error}") from error
     except LookupError as error:
@@ -68,10 +68,10 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
             "was returned with it: pass both."
         ) from error
     # Of a traced step size nothing can be known.
-    if not all(isinstance(leaf, Tracer) or np.isfinite(leaf).all() for leaf in derivative):
+    if not all(isinstance(leaf, Tracer) or np.isfinite(leaf).all() for leaf in derivatives):
         raise ValueError(
-            "the inner rule has no finite derivative where an entry of the gradient is zero, so meta-gradients would be NaN. "
-            "For Adam and its kin pass eps_root=1e-8; or choose differentiation='first_order'."
+            "the inner rule has no finite derivative where entries or whole arrays of the gradient are zero, so meta-gradients "
+            "would be NaN. For Adam and its kin pass eps_root=1e-8; or choose differentiation='first_order' where there is one."
         )
     return rule
 
@@ -97,11 +97,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, numbers.Real) or (isinstance(value, Array | np.ndarray) and value.ndim == 0)
 
 
-def _with_dead_entry(leaf: np.ndarray) -> np.ndarray:
-    """The same but for a first entry of zero, which dead ReLUs leave in a gradient."""
-    leaf = leaf.copy()
-    leaf.flat[:1] = 0
-    return leaf
+def _with_dead_units(ones: PyTree) -> list[PyTree]:
+    """Gradients with the zeros that dead ReLUs leave: a first entry of each array; every other array, and then the others."""
+    leaves, structure = jax.tree.flatten(ones)
+    first_entries = [np.append(0, leaf.ravel()[1:]).astype(leaf.dtype).reshape(leaf.shape) for leaf in leaves]
+    whole = [[leaf * ((number + parity) % 2) for number, leaf in enumerate(leaves)] for parity in (0, 1)]
+    # Not all at once: the norm of a gradient of zero has no derivative, which is no reason to refuse a rule that clips it.
+    return [structure.unflatten(gradient) for gradient in (first_entries, *(whole if len(leaves) > 1 else ()))]
 
 
 def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.GradientTransformation]:

@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 
 from mamljax.checkpoint import CheckpointError, Checkpoints, read_config
-from mamljax.checks import check_count
+from mamljax.checks import check_count, check_counts
 from mamljax.devices import any_host, from_first_host, is_first_host, on, place, take_back, task_mesh
 from mamljax.divergence import finite_means
 from mamljax.interruption import interruptions
 from mamljax.loop import INIT, meta_updates, over_seeds, preparation
 from mamljax.record import Record
-from mamljax.types import MetaLearner, SampleFn, State, as_argument
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial
 
 
 class Progress(NamedTuple):
@@ -104,15 +104,15 @@ def fit(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after saving.
     """
     check_count("num_updates", num_updates, minimum=0)
-    for name, count in (("num_tasks", num_tasks), ("log_every", log_every), ("validate_every", validate_every)):
-        check_count(name, count)
+    check_counts(num_tasks=num_tasks, log_every=log_every, validate_every=validate_every)
     if tensorboard and directory is None:
         raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
     _check_key(key)
     mesh = _checked_mesh(mesh, num_tasks)
-    every = [log_every] + [validate_every] * (validate_fn is not None)
-    programs = _compile(learner, sample, key, num_tasks, min(every), mesh)
-    validate_fn = validate_fn and place(as_argument(validate_fn), mesh)
+    every = [log_every] if validate_fn is None else [log_every, validate_every]
+    sampler_from, sampler_spec = preparation(sample, key, num_tasks, min(every), mesh)
+    programs = _compile(learner, key.shape, num_tasks, min(every), mesh, sampler_spec)
+    validate_fn = validate_fn and place(as_partial(validate_fn), mesh)
     config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=num_tasks)
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(Record(directory if is_first_host() else None, config, tensorboard=tensorboard))
@@ -124,16 +124,16 @@ def fit(
         if done and progress:
             print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
         bar = stack.enter_context(_progress_bar(label, done, num_updates, shown=progress))
-        started, sampler = time.monotonic(), programs.sampler_from(done)
+        started, sampler = time.monotonic(), sampler_from(done)
         while done < num_updates and not any_host(interrupted.is_set() or time.monotonic() - started >= max_seconds):
-            stop = min(num_updates, *(done + n - done % n for n in every))
-            state, metrics = programs.run(now.state, key, done, stop, sampler)
+            stop = min(num_updates, *(done + n - done % n for n in every))  # the next multiple of one of them
+            state, metrics, finite = programs.run(now.state, key, done, stop, sampler)
             # While the device computes:
             if stop < num_updates:
-                sampler = programs.sampler_from(stop)
+                sampler = sampler_from(stop)
             if validate_fn:
                 programs.check_validation(now, validate_fn)
-            line = finite_means(metrics, take_back(state, mesh), done, stop, record.where)
+            line = finite_means(metrics, finite, done, stop, record.where)
             now = now._replace(state=state)
             if validate_fn and (stop % validate_every == 0 or stop == num_updates):
                 now, error = programs.validate(now, validate_fn)
@@ -144,7 +144,7 @@ def fit(
             record.log(done, line)
             if on_log and is_first_host():
                 on_log(done, line)
-            if time.monotonic() - record.saved_at > checkpoint_seconds:
+            if record.is_due(checkpoint_seconds):
                 record.save(done, take_back(now, mesh))
         record.save(done, take_back(now, mesh))
     if any_host(interrupted.is_set()):
@@ -157,17 +157,23 @@ class _Programs(NamedTuple):
     """The compiled parts of a training."""
 
     start: Callable  # key -> Progress, on one device
-    sampler_from: Callable  # meta-update -> sampler of it and the next few
-    run: Callable  # (state, key, start, stop, sampler) -> (state, metrics)
+    run: Callable  # (state, key, start, stop, sampler) -> (state, metrics, whether each parameter is finite)
     validate: Callable  # (Progress, validate_fn) -> (Progress, error)
     check_validation: Callable  # the same without a result: what is wrong with `validate_fn` should not show hours later
     best: Callable  # Progress -> state, on one device
 
 
-def _compile(learner: MetaLearner, sample: SampleFn, key: Array, num_tasks: int, length: int, mesh: Mesh | None) -> _Programs:
-    by_seed = functools.partial(over_seeds, key.shape)
-    sampler_from, sampler_spec = preparation(sample, key, num_tasks, length, mesh)
-    run = by_seed(meta_updates(learner, num_tasks, length, sampler_spec=sampler_spec), (0, 0, None, None, None))
+# Kept, so that to train the same learner again, from another seed for example, needs no compiling again.
+@functools.lru_cache(maxsize=8)
+def _compile(
+    learner: MetaLearner, seeds: tuple[int, ...], num_tasks: int, length: int, mesh: Mesh | None, sampler_spec: PartitionSpec
+) -> _Programs:
+    by_seed = functools.partial(over_seeds, seeds)
+    loop = meta_updates(learner, num_tasks, length, sampler_spec=sampler_spec)
+
+    def run(*args: Any) -> tuple[State, Metrics, PyTree]:
+        state, metrics = loop(*args)
+        return state, metrics, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state.params)
 
     def on_mesh(compiled: Callable) -> Callable:
         def call(*args: Any) -> Any:
@@ -179,8 +185,8 @@ def _compile(learner: MetaLearner, sample: SampleFn, key: Array, num_tasks: int,
     validate = jax.jit(by_seed(_validate, (0, None)))
     return _Programs(
         start=jax.jit(by_seed(functools.partial(_start, learner))),
-        sampler_from=sampler_from,
-        run=on_mesh(jax.jit(run, donate_argnums=0)),
+        # The state's memory is used again, so `best` must never share it.
+        run=on_mesh(jax.jit(by_seed(run, (0, 0, None, None, None)), donate_argnums=0)),
         validate=on_mesh(validate),
         check_validation=on_mesh(validate.eval_shape),
         best=jax.jit(by_seed(_best)),

@@ -46,13 +46,13 @@ class State(NamedTuple):
 
 
 class MetaLearner(NamedTuple):
-    """A method as three pure functions; every builder of this library returns one."""
+    """A method as three pure functions; the builder of every method returns one."""
 
     init: Callable[[Array], State]  # key -> state
     update: Callable[[Array, State, PyTree], tuple[State, Metrics]]  # (key, state, tasks [B]) -> one meta-update
     evaluate: Callable[[Array, State, PyTree], Metrics]  # (key, state, task) -> metrics [S + 1], before and after each step
 
 
-def as_argument(fn: Callable) -> Partial:
-    """Wrap a function so that `jit` takes the arrays that a `Partial` carries as arguments, and makes no constants of them."""
+def as_partial(fn: Callable) -> Partial:
+    """Wrap a function as a `Partial`, so that `jit` receives the arrays that it carries as arguments, not as constants."""
     return fn if isinstance(fn, Partial) else Partial(fn)

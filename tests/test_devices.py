@@ -24,7 +24,7 @@ from mamljax.outer import meta_learner
 from mamljax.tasks.images import HostEpisodes
 from mamljax.tasks.sinusoid import sinusoid
 from mamljax.train import fit
-from mamljax.types import as_argument
+from mamljax.types import as_partial
 
 KEY = jax.random.key(0)
 KEYS = jax.vmap(jax.random.key)(jnp.arange(2))
@@ -79,7 +79,7 @@ def test_a_chunk_divides_the_share_of_a_device():
 
 def test_one_all_reduce_a_meta_update():
     mesh = task_mesh(4)
-    arguments = place((LEARNER.init(KEY), KEY, 0, 5, as_argument(SAMPLE)), mesh)
+    arguments = place((LEARNER.init(KEY), KEY, 0, 5, as_partial(SAMPLE)), mesh)
     with on(mesh):
         program = jax.jit(meta_updates(LEARNER, 8, 5)).lower(*arguments).compile().as_text()
     collectives = ("all-reduce(", "all-gather(", "all-to-all(", "collective-permute(", "reduce-scatter(")

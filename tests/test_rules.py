@@ -36,9 +36,16 @@ def test_step_size_must_be_positive_and_finite(step_size):
     ids=["adam", "rmsprop", "adamw", "radam"],  # the last one in a later step
 )
 def test_rules_without_finite_meta_gradients_are_refused(rule):
-    with pytest.raises(ValueError, match=r"no finite derivative where an entry of the gradient is zero.*eps_root=1e-8"):
+    with pytest.raises(ValueError, match=r"no finite derivative where entries or whole arrays of the .* zero.*eps_root=1e-8"):
         as_rule(rule, PARAMS, differentiable=True)
     assert as_rule(rule, PARAMS, differentiable=False) is rule
+
+
+def test_a_rule_without_a_derivative_where_a_whole_array_is_zero_is_refused():
+    """As dead layers have it: the root mean square of an array of zeros has none."""
+    rule = optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1))
+    with pytest.raises(ValueError, match="no finite derivative where entries or whole arrays of the gradient are zero"):
+        as_rule(rule, {"kernel": jnp.ones((3, 2)), "other": jnp.ones(2)}, differentiable=True)
 
 
 CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))

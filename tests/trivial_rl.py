@@ -32,7 +32,7 @@ def smooth_policy(inputs):
 
 
 MODEL = smooth_policy(1)
-COLLECT = collector(MODEL, target_env(), horizon=3, trajectories=10)
+COLLECTOR = collector(MODEL, target_env(), horizon=3, trajectories=10)
 
 
 def tasks_from(seed, num_tasks=6):

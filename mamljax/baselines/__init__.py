@@ -1,1 +1,1 @@
-"""The systems that the paper compares with; each builder returns a `MetaLearner`."""
+"""The systems that the paper compares with: each a builder of a `MetaLearner`, but `meta_lstm`, which is a rule for `maml`."""

@@ -11,7 +11,7 @@ from jax import Array, lax
 
 from mamljax.baselines.meta_lstm import lstm
 from mamljax.baselines.metric_learning import cosine_similarity, evaluation
-from mamljax.checks import check_count, check_task
+from mamljax.checks import check_count, check_counts, check_task
 from mamljax.models import feature_size
 from mamljax.outer import meta_learner
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
@@ -59,7 +59,7 @@ def mann(
         features: [n, ...] -> [n, f].
         x: [n, ...] an example input, for its shape and dtype only.
         loss_fn: (logits, labels) -> scalar, the mean over examples.
-        ways: N, classes of a task.
+        ways: N, classes of a task, at least 2; labels are 0..N-1.
         tx: the outer optimiser.
         hidden: h, units of the LSTM.
         slots: M, of the memory, at least as many as heads.
@@ -72,10 +72,10 @@ def mann(
         A meta-learner of `Task(support, query)` whose `evaluate` returns the `loss` and the metrics on the query set, each [1].
 
     Raises:
-        ValueError: a count below 1, or fewer slots than heads; at the first update, a malformed task.
+        ValueError: a count below 1, a single class, or fewer slots than heads; at the first update, a malformed task.
     """
-    for name, count in (("ways", ways), ("hidden", hidden), ("slots", slots), ("width", width), ("heads", heads)):
-        check_count(name, count)
+    check_count("ways", ways, minimum=2)
+    check_counts(hidden=hidden, slots=slots, width=width, heads=heads)
     if slots < heads:
         raise ValueError(f"a memory must have as many slots as heads, {heads}, got {slots}.")
     layers = {  # inputs and outputs
@@ -99,7 +99,14 @@ def mann(
         vectors = features.apply(params["features"], jnp.concatenate([task.support.x, task.query.x]))
         labels = jnp.concatenate([jax.nn.one_hot(task.support.y, ways), jnp.zeros((len(task.query.y), ways))])
         shown = jnp.concatenate([vectors, labels], axis=1)
-        start = Controller(*map(jnp.zeros, (hidden, hidden, (slots, width), slots, (heads, slots), (heads, width))))
+        start = Controller(
+            hidden=jnp.zeros(hidden),
+            cell=jnp.zeros(hidden),
+            slots=jnp.zeros((slots, width)),
+            usage=jnp.zeros(slots),
+            attention=jnp.zeros((heads, slots)),
+            read=jnp.zeros((heads, width)),
+        )
         state, _ = lax.scan(lambda state, one: (see(params, state, one), None), start, shown[:size])
         return jax.vmap(partial(answer, params, state))(shown[size:])
 

@@ -52,7 +52,7 @@ def memory_module(
     Args:
         features: [n, ...] -> [n, d].
         loss_fn: (logits, labels) -> scalar, the mean over examples; reported in evaluation.
-        ways: N, classes of a task.
+        ways: N, classes of a task, at least 2; labels are 0..N-1.
         tx: the outer optimiser.
         margin: the $\alpha$ of the loss.
         metric_fns: further (logits, labels) -> scalar to report in evaluation, by name.
@@ -62,9 +62,9 @@ def memory_module(
         A meta-learner of `Task(support, query)` whose `evaluate` returns the `loss` and the metrics on the query set, each [1].
 
     Raises:
-        ValueError: `ways` below 1, or a margin that is not positive; at the first update, a malformed task.
+        ValueError: `ways` below 2, or a margin that is not positive; at the first update, a malformed task.
     """
-    check_count("ways", ways)
+    check_count("ways", ways, minimum=2)
     if not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}. Give 0.1, for example.")
 

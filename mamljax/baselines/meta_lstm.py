@@ -69,7 +69,12 @@ def meta_lstm(model: Model, inner_lr: float, *, hidden: int = 20) -> tuple[Model
 
     def begin(params: PyTree) -> CellState:
         size = ravel_pytree(params["theta"])[0].size
-        return CellState(*jnp.zeros((2, size, hidden)), *jnp.zeros((2, size)))
+        return CellState(
+            hidden=jnp.zeros((size, hidden)),
+            memory=jnp.zeros((size, hidden)),
+            input_gate=jnp.zeros(size),
+            forget_gate=jnp.zeros(size),
+        )
 
     def step(gradient: PyTree, state: CellState, params: PyTree) -> tuple[PyTree, CellState]:
         slope, unravel = ravel_pytree(gradient["theta"])

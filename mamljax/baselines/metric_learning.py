@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.checks import check_count, check_task
+from mamljax.checks import check_count, check_metric_fns, check_task
 from mamljax.models import with_linear_head
 from mamljax.outer import meta_learner
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
@@ -36,7 +36,7 @@ def matching(
     Args:
         features: [n, ...] -> [n, d].
         loss_fn: (logits, labels) -> scalar, the mean over examples.
-        ways: N, classes of a task.
+        ways: N, classes of a task, at least 2; labels are 0..N-1.
         tx: the outer optimiser.
         metric_fns: further (logits, labels) -> scalar to report in evaluation, by name.
         chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
@@ -45,9 +45,9 @@ def matching(
         A meta-learner of `Task(support, query)` whose `evaluate` returns the `loss` and the metrics on the query set, each [1].
 
     Raises:
-        ValueError: `ways` below 1; at the first update, a malformed task.
+        ValueError: `ways` below 2; at the first update, a malformed task.
     """
-    check_count("ways", ways)
+    check_count("ways", ways, minimum=2)
 
     def compare(params: PyTree, task: Task) -> Array:
         similarity = cosine_similarity(*_features_of(features, params, task))
@@ -73,7 +73,7 @@ def prototypical(
     The logit of a class is $-\|f(x) - c\|^2$, with $c$ the mean of the features of its support examples. Arguments, errors and
     what is returned are those of `matching`.
     """
-    check_count("ways", ways)
+    check_count("ways", ways, minimum=2)
 
     def compare(params: PyTree, task: Task) -> Array:
         query, support = _features_of(features, params, task)
@@ -105,7 +105,7 @@ def siamese(
     Args:
         x: [n, ...] an example input, for its shape and dtype only.
     """
-    check_count("ways", ways)
+    check_count("ways", ways, minimum=2)
     model = with_linear_head(features, x, 1)
 
     def pairs(params: PyTree, task: Task) -> Array:
@@ -145,6 +145,7 @@ def largest_of_class(similarity: Array, labels: Array, ways: int) -> Array:
 
 def evaluation(compare: Compare, loss_fn: LossFn, metric_fns: Mapping[str, LossFn]) -> Callable:
     """The `evaluate` of a meta-learner that compares: the loss and the metrics on the query set, each [1]."""
+    check_metric_fns(metric_fns)
 
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
         check_task(task)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax.checks import check_count, check_task
+from mamljax.checks import check_count, check_metric_fns, check_task
 from mamljax.inner import adapt
 from mamljax.maml import learning_curve
 from mamljax.outer import meta_learner
@@ -70,6 +70,7 @@ def multi_task(
     """
     check_count("task_steps", task_steps)
     check_count("eval_steps", eval_steps)
+    check_metric_fns(metric_fns)
     rule = rule_for(model, rule, differentiable=False)
 
     def trained(first: PyTree, mean: PyTree, task: Task) -> PyTree:

@@ -10,8 +10,8 @@ import optax
 from jax import Array
 
 from mamljax.baselines.metric_learning import evaluation
-from mamljax.checks import check_count, check_task
-from mamljax.gaussian import from_noise, kl_divergence
+from mamljax.checks import check_count, check_counts, check_task
+from mamljax.gaussian import Gaussian, from_noise, kl_divergence
 from mamljax.models import feature_size, mlp
 from mamljax.outer import meta_learner
 from mamljax.types import LossFn, MetaLearner, Model, PyTree, Task
@@ -59,7 +59,7 @@ def neural_statistician(
         features: [n, ...] -> [n, f].
         x: [n, ...] an example input, for its shape and dtype only; inputs are in [0, 1].
         loss_fn: (logits, labels) -> scalar, the mean over examples; reported in evaluation.
-        ways: N, classes of a task.
+        ways: N, classes of a task, at least 2; labels are 0..N-1.
         tx: the outer optimiser.
         context_size: dimensions of c.
         latent_size: dimensions of z.
@@ -72,11 +72,10 @@ def neural_statistician(
         returns the `loss` of the logits and the metrics on the query set, each [1].
 
     Raises:
-        ValueError: a count below 1; at the first update, a malformed task.
+        ValueError: a count below 1, a single class; at the first update, a malformed task.
     """
-    sizes = {"ways": ways, "context_size": context_size, "latent_size": latent_size, "hidden": hidden}
-    for name, count in sizes.items():
-        check_count(name, count)
+    check_count("ways", ways, minimum=2)
+    check_counts(context_size=context_size, latent_size=latent_size, hidden=hidden)
     seen = feature_size(features, x)
     models = {
         "features": features,
@@ -107,7 +106,8 @@ def neural_statistician(
         vectors = network["features"](jnp.concatenate([task.support.x, task.query.x]))
         classes = contexts(network, vectors[:size], jax.nn.one_hot(task.support.y, ways, axis=0))
         queries = contexts(network, vectors[size:], jnp.eye(len(task.query.y)))
-        return -kl_divergence(*(leaf[None] for leaf in classes), *(leaf[:, None] for leaf in queries))
+        one_by_one = jax.tree.map(lambda leaf: leaf[:, None], queries)
+        return -kl_divergence(classes, one_by_one)
 
     evaluate = evaluation(compare, loss_fn, metric_fns)
     return meta_learner(init, task_loss, evaluate, tx=tx, gather=draw_noise, chunk_size=chunk_size)
@@ -117,25 +117,25 @@ def negative_bound(network: Networks, images: Array, members: Array, noise: Nois
     """The negative evidence lower bound, in nats per example, of images [n, ...] whose classes [n, N] are 1."""
     vectors = network["features"](images)
     posterior = contexts(network, vectors, members.T)
-    context = members @ from_noise(noise.context, *posterior)  # [n, c], that of the class of each
+    context = members @ from_noise(noise.context, posterior)  # [n, c], that of the class of each
     of_latent = _normal(network["latent"](jnp.concatenate([vectors, context], axis=1)))
-    latent = from_noise(noise.latent, *of_latent)
+    latent = from_noise(noise.latent, of_latent)
     logits = network["pixels"](jnp.concatenate([latent, context], axis=1))
     errors = optax.losses.sigmoid_binary_cross_entropy(logits, images.reshape(len(images), -1)).sum(1)
-    of_example = errors + kl_divergence(*of_latent, *_normal(network["prior"](context)))
-    of_class = kl_divergence(*posterior, *jnp.zeros((2, *noise.context.shape)))
+    of_example = errors + kl_divergence(of_latent, _normal(network["prior"](context)))
+    of_class = kl_divergence(posterior, Gaussian(*jnp.zeros((2, *noise.context.shape))))
     return (members.sum(1) @ of_example + of_class.sum()) / members.sum()
 
 
-def contexts(network: Networks, vectors: Array, members: Array) -> tuple[Array, Array]:
-    """q(c | D) for m sets of the features [n, f], whose members [m, n] are 1: its mean and log-std, [m, c]."""
+def contexts(network: Networks, vectors: Array, members: Array) -> Gaussian:
+    """q(c | D) for m sets of the features [n, f], whose members [m, n] are 1; both leaves [m, c]."""
     each = jax.nn.relu(network["statistic"](vectors))
     return _normal(network["context"](members @ each / jnp.maximum(members.sum(1, keepdims=True), 1)))
 
 
-def _normal(outputs: Array) -> tuple[Array, Array]:
-    """The mean and the log-std that a network gives, [n, 2 d]: both [n, d]."""
-    return tuple(jnp.split(outputs, 2, axis=-1))
+def _normal(outputs: Array) -> Gaussian:
+    """The distribution that the outputs [n, 2 d] of a network stand for, both leaves [n, d]."""
+    return Gaussian(*jnp.split(outputs, 2, axis=-1))
 
 
 def _applied(models: Mapping[str, Model], params: PyTree) -> Networks:

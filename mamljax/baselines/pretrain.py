@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import optax
 from jax import Array
 
-from mamljax.checks import check_count, check_task
+from mamljax.checks import check_count, check_metric_fns, check_task
 from mamljax.maml import learning_curve
 from mamljax.outer import meta_learner
 from mamljax.rules import Rule, rule_for
@@ -45,6 +45,7 @@ def pretrain(
         ValueError: a negative count, or a step size that is not positive and finite; at the first update, a malformed task.
     """
     check_count("eval_steps", eval_steps, minimum=0)
+    check_metric_fns(metric_fns)
     rule = rule_for(model, rule, differentiable=False)
 
     def task_loss(params: PyTree, task: Task) -> Array:

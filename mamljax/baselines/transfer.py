@@ -7,7 +7,7 @@ from jax import Array
 
 from mamljax.baselines.metric_learning import cosine_similarity, evaluation, largest_of_class
 from mamljax.baselines.pretrain import pretrain
-from mamljax.checks import check_count
+from mamljax.checks import check_count, check_metric_fns
 from mamljax.maml import learning_curve
 from mamljax.models import with_linear_head
 from mamljax.rules import Rule, rule_for
@@ -34,7 +34,7 @@ def fine_tuning(
         x: [n, H, W, C] an example input, for its shape and dtype only.
         loss_fn: (logits, labels) -> scalar, the mean over examples.
         num_classes: classes in training, of tasks from `tasks.images.labelled`.
-        ways: N, classes of the episodes in evaluation.
+        ways: N, classes of the episodes in evaluation, at least 2; labels are 0..N-1.
         rule: step size or Optax transformation of the fine-tuning.
         eval_steps: steps of fine-tuning.
         tx: the outer optimiser.
@@ -45,10 +45,11 @@ def fine_tuning(
         A meta-learner whose `evaluate` returns the `loss` and the metrics on the query set, each [eval_steps + 1].
 
     Raises:
-        ValueError: a count below 1, a step size that is not positive and finite.
+        ValueError: a count below 1, a single class, a step size that is not positive and finite.
     """
-    check_count("ways", ways)
+    check_count("ways", ways, minimum=2)
     check_count("eval_steps", eval_steps)
+    check_metric_fns(metric_fns)
     new_model = with_linear_head(features, x, ways)
     rule = rule_for(new_model, rule, differentiable=False)
 
@@ -78,7 +79,7 @@ def nearest_neighbour(
     Returns:
         A meta-learner whose `evaluate` returns the `loss` and the metrics on the query set, each [1].
     """
-    check_count("ways", ways)
+    check_count("ways", ways, minimum=2)
 
     def compare(params: PyTree, task: Task) -> Array:
         support, query = (features.apply(params["features"], examples.x) for examples in task)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mamljax.checks import check_choice
 from mamljax.data.bank import Bank, DataError, Source, prepared_bank
 from mamljax.data.decoding import decode
 from mamljax.data.from_tfds import prepared_builder, read_examples
@@ -66,7 +67,11 @@ def split_omniglot(names: tuple[str, ...], split: Split = "seeded", *, seed: int
         split: 1,100 / 100 / 423 characters at random, as the authors' code ("seeded"); or those of Vinyals et al. 2016
             ("vinyals"), 1,028 / 172 / 423, whose alphabets are disjoint but for one.
         seed: of the random split.
+
+    Raises:
+        ValueError: an unknown split.
     """
+    check_choice("split", split, Split)
     if split == "seeded":
         order = np.random.default_rng(seed).permutation(len(names))
         return {"train": order[:1100], "val": order[1100:1200], "test": order[1200:]}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from mamljax.checks import check_count
+from mamljax.checks import check_counts
 from mamljax.rl.advantages import discounted_sums, generalised_advantages, linear_baseline, standardise
 from mamljax.rl.checks import check_environment, check_policy
 from mamljax.rl.environment import Environment
@@ -24,24 +24,28 @@ class Batch(NamedTuple):
     mean_return: Array  # [] undiscounted, of all trajectories that ended
 
 
-CollectFn = Callable[[Array, PyTree, PyTree], Batch]  # (key, params, task) -> fresh trajectories of one task
+class Collector(NamedTuple):
+    """A policy, and how it gathers trajectories."""
+
+    policy: Model
+    collect: Callable[[Array, PyTree, PyTree], Batch]  # (key, params, task) -> fresh trajectories of one task
 
 
 def collector(
-    model: Model,
+    policy: Model,
     env: Environment,
     *,
     horizon: int,
     trajectories: int,
     discount: float = 0.99,
     gae_lambda: float = 1.0,
-) -> CollectFn:
-    """Build the function that lets a policy act in a task and judges its actions.
+) -> Collector:
+    """Build what lets a policy act in a task and judges its actions.
 
     Advantages are estimated by GAE with the linear baseline, fitted to the very same trajectories, and standardised.
 
     Args:
-        model: the policy: (params, observations [..., o]) -> mean [..., a] and log-std, [..., a] or [a], of its actions.
+        policy: (params, observations [..., o]) -> mean [..., a] and log-std, [..., a] or [a], of its actions.
         env: the environment.
         horizon: T, steps after which a trajectory ends in any case.
         trajectories: E, rows of T steps in each batch, of one trajectory after the other where they end early; 20 in the paper,
@@ -50,21 +54,20 @@ def collector(
         gae_lambda: lambda of the advantages; 1 in the paper.
 
     Returns:
-        (key, params, task) -> `Batch`.
+        The policy with a function (key, params, task) -> `Batch`.
 
     Raises:
         ValueError: a count below 1, a factor outside of [0, 1], an environment or a policy that does not keep its shapes.
     """
-    check_count("horizon", horizon)
-    check_count("trajectories", trajectories)
+    check_counts(horizon=horizon, trajectories=trajectories)
     for name, factor in (("discount", discount), ("gae_lambda", gae_lambda)):
         if not 0 <= factor <= 1:
             raise ValueError(f"{name} must lie in [0, 1], got {factor}.")
     check_environment(env)
-    check_policy(model, env)
+    check_policy(policy, env)
 
     def collect(key: Array, params: PyTree, task: PyTree) -> Batch:
-        data = rollout(key, params, task, model=model, env=env, horizon=horizon, trajectories=trajectories)
+        data = rollout(key, params, task, model=policy, env=env, horizon=horizon, trajectories=trajectories)
         discounted = discounted_sums(data.rewards, data.ends, discount)
         values = linear_baseline(data.observations, data.time, discounted, data.mask)
         advantages = generalised_advantages(data.rewards, values, data.ends, discount=discount, gae_lambda=gae_lambda)
@@ -75,4 +78,4 @@ def collector(
         mean_return = jnp.where(acted.all(), jnp.sum(data.rewards) / jnp.sum(data.ends), jnp.nan)
         return Batch(data, *standardise(advantages, data.mask), returns, mean_return)
 
-    return collect
+    return Collector(policy, collect)

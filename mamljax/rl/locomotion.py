@@ -118,6 +118,7 @@ def _step(
     action = jnp.clip(action, -1.0, 1.0)
     after = simulate.advance(before, action)
     stable = _is_stable(after)
+    # Before the reward is computed, so that no NaN gets into it.
     after = jax.tree.map(lambda new, old: jnp.where(stable, new, old), after, before)
     done = _fallen(after, settings)
     reward = _reward(before, after, action, task, done, directed=directed, settings=settings)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +10,12 @@ import optax
 from jax import Array, lax
 
 from mamljax import gaussian
-from mamljax.checks import check_count, check_optimiser
+from mamljax.checks import check_choice, check_count, check_optimiser
 from mamljax.devices import divide
+from mamljax.gaussian import Gaussian
 from mamljax.inner import adapt
 from mamljax.rl.advantages import masked_mean
-from mamljax.rl.collect import Batch, CollectFn
+from mamljax.rl.collect import Batch, Collector
 from mamljax.rl.trpo import TrustRegionState
 from mamljax.rules import Rule, rule_for
 from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
@@ -24,8 +25,7 @@ InnerObjective = Literal["log_prob", "likelihood_ratio"]
 
 
 def maml_rl(
-    model: Model,
-    collect: CollectFn,
+    collector: Collector,
     *,
     rule: Rule,
     inner_steps: int,
@@ -48,8 +48,7 @@ def maml_rl(
     initialisation*.
 
     Args:
-        model: the policy; see `collect.collector`.
-        collect: (key, params, task) -> batch; from `collect.collector`.
+        collector: the policy and how it gathers trajectories; from `collect.collector`.
         rule: the inner step size alpha, or any Optax transformation: `optax.sgd(schedule)` gives each step its own.
         inner_steps: S, adaptation steps in training; 0 for none.
         eval_steps: adaptation steps in evaluation.
@@ -85,24 +84,23 @@ def maml_rl(
     check_count("eval_steps", eval_steps, minimum=0)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    if differentiation not in get_args(Differentiation):
-        raise ValueError(f"differentiation must be one of {get_args(Differentiation)}, got {differentiation!r}.")
-    if inner_objective not in get_args(InnerObjective):
-        raise ValueError(f"inner_objective must be one of {get_args(InnerObjective)}, got {inner_objective!r}.")
+    check_choice("differentiation", differentiation, Differentiation)
+    check_choice("inner_objective", inner_objective, InnerObjective)
     check_optimiser(tx)
-    rule = rule_for(model, rule, differentiable=inner_steps > 0 and differentiation != "first_order")
+    policy = collector.policy
+    rule = rule_for(policy, rule, differentiable=inner_steps > 0 and differentiation != "first_order")
     tx = optax.with_extra_args_support(tx)
     judged_from = min(1, inner_steps) if multi_step_loss else inner_steps
     inner_loss = {"log_prob": reinforce_loss, "likelihood_ratio": likelihood_ratio_loss}[inner_objective]
 
-    collect_one = partial(collect_and_adapt, model, collect, rule, inner_steps)
-    act_adapted = partial(_act_adapted, model, partial(inner_loss, model), rule, judged_from, differentiation)
-    act_in_all = partial(map_tasks, act_adapted, chunk_size=chunk_size)
+    collect_one = partial(collect_and_adapt, collector, rule, inner_steps)
+    policies = partial(_adapted_policies, policy, partial(inner_loss, policy), rule, judged_from, differentiation)
+    policies_of_share = partial(map_tasks, policies, chunk_size=chunk_size)
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         batches = collect_from_all(collect_one, key, state.params, tasks)
         judges = jax.vmap(partial(judged, judged_from))(batches)
-        extra = _outer_arguments(partial(divide, act_in_all, tasks=batches), judges, state.params)
+        extra = _outer_arguments(partial(divide, policies_of_share, tasks=batches), judges, state.params)
         updates, opt = tx.update(extra["grad"], state.opt, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
         known = isinstance(opt, TrustRegionState)  # from the line search
@@ -111,45 +109,46 @@ def maml_rl(
         return state._replace(params=params, opt=opt), {**summary(batches), **metrics}
 
     def init(key: Array) -> State:
-        params = model.init(key)
+        params = policy.init(key)
         return State(params, tx.init(params))
 
     def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
-        batches = collect_and_adapt(model, collect, rule, eval_steps, key, state.params, task)
+        batches = collect_and_adapt(collector, rule, eval_steps, key, state.params, task)
         unstable = jax.vmap(_unstable)(batches)
         return {"return": batches.mean_return, "return_of_first": batches.returns.mean(1), "unstable": unstable}
 
     return MetaLearner(init, update, evaluate)
 
 
-def _outer_arguments(actions_of: Callable[[PyTree], tuple[Array, Array]], judges: Batch, params: PyTree) -> dict[str, PyTree]:
+def _outer_arguments(policies_of: Callable[[PyTree], Gaussian], judges: Batch, params: PyTree) -> dict[str, PyTree]:
     """What the outer optimiser is given, by name: the surrogate at `params`, its gradient, and what `trpo` asks for.
 
     The gradient and all products of the Hessian are of one linearisation, of what the policies do as a function of `params`.
 
     Args:
-        actions_of: params -> mean and log-std of the actions in all states of `judges`, each [B, J, T, E, a].
+        policies_of: params -> what the adapted policies do in all states of `judges`, both leaves [B, J, T, E, a].
         judges: the batches by which policies are judged [B, J, ...].
         params: the meta-parameters.
     """
 
-    def loss_of(actions: tuple[Array, Array]) -> Array:
-        return jax.vmap(surrogate_loss)(judges, actions).mean()
+    def loss_of(policies: Gaussian) -> Array:
+        return jax.vmap(surrogate_loss)(judges, policies).mean()
 
-    def kl_of(actions: tuple[Array, Array]) -> Array:
-        return jax.vmap(divergence)(judges, actions).mean()
+    def kl_of(policies: Gaussian) -> Array:
+        return jax.vmap(divergence)(judges, policies).mean()
 
     def value_and_kl_fn(params: PyTree) -> tuple[Array, Array]:
-        actions = actions_of(params)
-        return loss_of(actions), kl_of(actions)
+        policies = policies_of(params)
+        return loss_of(policies), kl_of(policies)
 
-    actions, push = jax.linearize(actions_of, params)
+    # Linearised once: its transpose gives the gradient, and both together every product of conjugate gradients.
+    policies, push = jax.linearize(policies_of, params)
     pull = jax.linear_transpose(push, params)
-    loss, slope = jax.value_and_grad(loss_of)(actions)
+    loss, slope = jax.value_and_grad(loss_of)(policies)
 
     def kl_product(vector: PyTree) -> PyTree:
         """Multiply by the divergence's Hessian, which is J^T (d^2 KL) J, since its gradient vanishes here."""
-        return pull(jax.jvp(jax.grad(kl_of), (actions,), (push(vector),))[1])[0]
+        return pull(jax.jvp(jax.grad(kl_of), (policies,), (push(vector),))[1])[0]
 
     return {
         "value": loss,
@@ -160,7 +159,7 @@ def _outer_arguments(actions_of: Callable[[PyTree], tuple[Array, Array]], judges
     }
 
 
-def _act_adapted(
+def _adapted_policies(
     model: Model,
     inner_loss: Callable[[PyTree, Batch], Array],
     rule: optax.GradientTransformation,
@@ -168,12 +167,12 @@ def _act_adapted(
     differentiation: Differentiation,
     params: PyTree,
     batches: Batch,
-) -> tuple[Array, Array]:
-    """What the policies do that are judged, each in the states of its own batch: mean and log-std, [J, T, E, a]."""
+) -> Gaussian:
+    """What the policies do that are judged, each in the states of its own batch, both leaves [J, T, E, a]."""
     before = jax.tree.map(lambda leaf: leaf[:-1], batches)
     _, path = adapt(inner_loss, params, before, rule, differentiation=differentiation)
-    policies, judges = jax.tree.map(lambda leaf: leaf[judged_from:], (path, batches))
-    return jax.vmap(partial(act, model))(policies, judges)
+    params_judged, judges = jax.tree.map(lambda leaf: leaf[judged_from:], (path, batches))
+    return jax.vmap(partial(action_distribution, model))(params_judged, judges)
 
 
 def judged(judged_from: int, batches: Batch) -> Batch:
@@ -191,7 +190,7 @@ def map_tasks(fn: Callable[[PyTree, Batch], PyTree], params: PyTree, batches: Ba
     return lax.map(partial(fn, params), batches, batch_size=batch_size)
 
 
-def collect_from_all(collect_one: CollectFn, key: Array, params: PyTree, tasks: PyTree) -> Batch:
+def collect_from_all(collect_one: Callable[[Array, PyTree, PyTree], Batch], key: Array, params: PyTree, tasks: PyTree) -> Batch:
     """Apply `collect_one(key, params, task)` to each of a meta-batch of tasks [B, ...], divided among the devices."""
 
     def of_share(params: PyTree, keys_and_tasks: tuple[Array, PyTree]) -> Batch:
@@ -202,13 +201,7 @@ def collect_from_all(collect_one: CollectFn, key: Array, params: PyTree, tasks: 
 
 
 def collect_and_adapt(
-    model: Model,
-    collect: CollectFn,
-    rule: optax.GradientTransformation,
-    num_steps: int,
-    key: Array,
-    params: PyTree,
-    task: PyTree,
+    collector: Collector, rule: optax.GradientTransformation, num_steps: int, key: Array, params: PyTree, task: PyTree
 ) -> Batch:
     """Adapt a policy to one task as `inner.adapt` does, each step on fresh trajectories of the policy as it then is.
 
@@ -218,13 +211,13 @@ def collect_and_adapt(
 
     def learn(carry: tuple, batch: Batch) -> tuple:
         params, opt = carry
-        gradient = jax.grad(partial(reinforce_loss, model))(params, batch)
+        gradient = jax.grad(partial(reinforce_loss, collector.policy))(params, batch)
         updates, opt = rule.update(gradient, opt, params)
         return optax.apply_updates(params, updates), opt
 
     def step(carry: tuple, number_and_key: tuple[Array, Array]) -> tuple[tuple, Batch]:
         number, key = number_and_key
-        batch = collect(key, carry[0], task)
+        batch = collector.collect(key, carry[0], task)
         # In the same loop as the last batch, of which nothing is learned: a second rollout would take as long to compile again.
         return lax.cond(number < num_steps, learn, lambda carry, batch: carry, carry, batch), batch
 
@@ -234,44 +227,43 @@ def collect_and_adapt(
 
 def reinforce_loss(model: Model, params: PyTree, batch: Batch) -> Array:
     r"""The loss whose gradient is that of REINFORCE: $-\frac1n \sum_t A_t \log \pi_\theta(a_t | s_t)$, []."""
-    acted = batch.trajectories
-    log_prob = gaussian.log_prob(acted.actions, *act(model, params, batch))
-    return -masked_mean(log_prob * batch.advantages, acted.mask)
+    log_prob = gaussian.log_prob(batch.trajectories.actions, action_distribution(model, params, batch))
+    return -masked_mean(log_prob * batch.advantages, batch.trajectories.mask)
 
 
 def likelihood_ratio_loss(model: Model, params: PyTree, batch: Batch) -> Array:
     """The `surrogate_loss` of these parameters, []; where they are those that acted, its gradient is that of REINFORCE."""
-    return surrogate_loss(batch, act(model, params, batch))
+    return surrogate_loss(batch, action_distribution(model, params, batch))
 
 
-def surrogate_loss(batch: Batch, actions: tuple[Array, Array]) -> Array:
-    r"""The importance-weighted loss $-\frac1n \sum_t A_t \pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ of a policy with this mean and
-    log-std in the states of a batch, []."""
-    return -masked_mean(likelihood_ratio(batch, actions) * batch.advantages, batch.trajectories.mask)
+def surrogate_loss(batch: Batch, policy: Gaussian) -> Array:
+    r"""The importance-weighted loss $-\frac1n \sum_t A_t \pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ of a policy, given by its
+    distributions in the states of the batch, []."""
+    return -masked_mean(likelihood_ratio(batch, policy) * batch.advantages, batch.trajectories.mask)
 
 
-def likelihood_ratio(batch: Batch, actions: tuple[Array, Array]) -> Array:
-    r"""How much more likely than the policy that acted one with this mean and log-std makes the actions of a batch, [T, E].
+def likelihood_ratio(batch: Batch, policy: Gaussian) -> Array:
+    r"""The ratio $\pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ for the actions of a batch, [T, E].
 
-    It ends at $e^{20}$, beyond which there is no gradient either, so that no factor of zero can make it undefined.
+    It is clipped at $e^{20}$ with no gradient beyond, so that a factor of zero cannot make it NaN.
     """
     acted = batch.trajectories
-    old = gaussian.log_prob(acted.actions, acted.mean, acted.log_std)
-    return jnp.exp(jnp.minimum(gaussian.log_prob(acted.actions, *actions) - old, 20.0))
+    log_ratio = gaussian.log_prob(acted.actions, policy) - gaussian.log_prob(acted.actions, acted.policy)
+    return jnp.exp(jnp.minimum(log_ratio, 20.0))
 
 
-def divergence(batch: Batch, actions: tuple[Array, Array]) -> Array:
-    """The mean divergence, from the policy that acted, of one with this mean and log-std in its states, in nats: []."""
+def divergence(batch: Batch, policy: Gaussian) -> Array:
+    """The mean Kullback-Leibler divergence from the policy that acted to this one, over the states of a batch, in nats: []."""
     acted = batch.trajectories
-    return masked_mean(gaussian.kl_divergence(acted.mean, acted.log_std, *actions), acted.mask)
+    return masked_mean(gaussian.kl_divergence(acted.policy, policy), acted.mask)
 
 
-def act(model: Model, params: PyTree, batch: Batch) -> tuple[Array, Array]:
-    """The mean and the log-std of the actions in all states of a batch, both [T, E, a]."""
-    observations, like = batch.trajectories.observations, batch.trajectories.mean
+def action_distribution(model: Model, params: PyTree, batch: Batch) -> Gaussian:
+    """What a policy would do in all states of a batch, both leaves [T, E, a]."""
+    observations, like = batch.trajectories.observations, batch.trajectories.actions
     # One axis of states: gradients of products that sum over two are slow on a CPU.
     mean, log_std = model.apply(params, observations.reshape(-1, observations.shape[-1]))
-    return mean.reshape(like.shape), jnp.broadcast_to(log_std, mean.shape).reshape(like.shape)
+    return Gaussian(mean.reshape(like.shape), jnp.broadcast_to(log_std, mean.shape).reshape(like.shape))
 
 
 def _unstable(batches: Batch) -> Array:

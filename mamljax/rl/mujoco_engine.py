@@ -92,6 +92,7 @@ class _Stepper:
         leading, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1])
         with self.lock:
             batch = self.batch_of(math.prod(leading))
+            # Every field is written, so that nothing is left over from the batch's last call.
             batch.time[:] = LATE
             batch.ctrl[:] = 0 if control is None else control.reshape(len(rows), -1)
             batch.qpos[:], batch.qvel[:], batch.qacc_warmstart[:] = np.split(rows, self.splits, axis=1)

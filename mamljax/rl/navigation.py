@@ -1,11 +1,12 @@
 """2D navigation: move a point to a goal that is not seen (Finn et al. 2017, section 5.3)."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mamljax.checks import check_choice
 from mamljax.rl.environment import Environment, Step
 
 GOALS = (-0.5, 0.5)  # of each coordinate
@@ -34,8 +35,7 @@ def navigation(*, reward: Reward = "distance") -> Environment:
     >>> [round(float(value), 3) for value in (*step.observation, step.reward)], bool(step.done)
     ([0.1, -0.1, -0.2], False)
     """
-    if reward not in get_args(Reward):
-        raise ValueError(f"reward must be one of {get_args(Reward)}, got {reward!r}.")
+    check_choice("reward", reward, Reward)
 
     def sample_task(key: Array) -> Array:
         return jax.random.uniform(key, (2,), minval=GOALS[0], maxval=GOALS[1])

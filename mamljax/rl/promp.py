@@ -10,12 +10,13 @@ from jax import Array, lax
 
 from mamljax.checks import check_count
 from mamljax.devices import divide
+from mamljax.gaussian import Gaussian
 from mamljax.inner import adapt
 from mamljax.outer import meta_learner
 from mamljax.rl.advantages import masked_mean
-from mamljax.rl.collect import Batch, CollectFn
+from mamljax.rl.collect import Batch, Collector
 from mamljax.rl.maml_rl import (
-    act,
+    action_distribution,
     collect_and_adapt,
     collect_from_all,
     divergence,
@@ -33,8 +34,7 @@ from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
 
 
 def promp(
-    model: Model,
-    collect: CollectFn,
+    collector: Collector,
     *,
     rule: Rule,
     inner_steps: int,
@@ -49,15 +49,14 @@ def promp(
     r"""Learn a policy that a few policy-gradient steps adapt to a task, by several small steps on the same trajectories.
 
     Tasks, trajectories and adaptation are those of `maml_rl` with likelihood ratios. The meta-loss of a task is
-    $-\frac1n \sum_t \min(r_t A_t, \mathrm{clip}(r_t, 1 - \epsilon, 1 + \epsilon) A_t) + \frac\eta S \sum_s D_s$, where $r_t$ is
-    how much more likely than the policy that acted the adapted one makes an action, and $D_s$ the divergence, before adaptation
-    step $s$, from the policy that gathered the trajectories of that step. Clipping takes from the adapted policy what it could
-    gain by going further; the divergence is of those before it, which TRPO does not bound. A meta-update takes several steps of
-    `tx` on this loss, the first of them along the meta-gradient of `maml_rl`.
+    $-\frac1n \sum_t \min(r_t A_t, \mathrm{clip}(r_t, 1 - \epsilon, 1 + \epsilon) A_t) + \frac\eta S \sum_s D_s$ over its $n$
+    steps, where $r_t$ is the likelihood ratio of an action between the adapted policy and the one that acted, and $D_s$ the
+    divergence of the policy before adaptation step $s$ from the one that gathered the trajectories of that step. Clipping
+    removes the incentive to move the adapted policy further; the other term restrains those before it, which TRPO leaves
+    unbounded. A meta-update takes several steps of `tx` on this loss, the first of them along the meta-gradient of `maml_rl`.
 
     Args:
-        model: the policy; see `collect.collector`.
-        collect: (key, params, task) -> batch; from `collect.collector`.
+        collector: the policy and how it gathers trajectories; from `collect.collector`.
         rule: the inner step size alpha, or any Optax transformation; 0.1 in the authors' scripts.
         inner_steps: S, adaptation steps in training; 1 or more.
         eval_steps: adaptation steps in evaluation.
@@ -83,25 +82,27 @@ def promp(
         raise ValueError(f"clip must lie strictly between 0 and 1, got {clip}. The authors' scripts have 0.3.")
     if not 0 <= kl_weight < float("inf"):
         raise ValueError(f"kl_weight must be finite and not negative, got {kl_weight}. The authors' scripts have 5e-4.")
-    rule = rule_for(model, rule, differentiable=True)
-    plain = maml_rl(model, collect, rule=rule, inner_steps=inner_steps, eval_steps=eval_steps, tx=tx)
+    policy = collector.policy
+    rule = rule_for(policy, rule, differentiable=True)
+    plain = maml_rl(collector, rule=rule, inner_steps=inner_steps, eval_steps=eval_steps, tx=tx)
     if isinstance(jax.eval_shape(plain.init, jax.random.key(0)).opt, TrustRegionState):
         raise ValueError("tx must take small steps on the loss, such as optax.adam(1e-3); with trpo(...) use maml_rl.")
-    collect_one = partial(collect_and_adapt, model, collect, rule, inner_steps)
+    collect_one = partial(collect_and_adapt, collector, rule, inner_steps)
     judged_from = 1 if multi_step_loss else inner_steps
 
     def changes(params: PyTree, batches: Batch, loss_fn: Callable = surrogate_loss) -> Metrics:
         """The loss of the policies of one task, and their divergences from those that acted."""
-        actions = _act_on_path(model, rule, params, batches)
-        kl = jax.vmap(divergence)(batches, actions)
-        loss = jax.vmap(loss_fn)(judged(judged_from, batches), jax.tree.map(lambda leaf: leaf[judged_from:], actions)).mean()
+        policies = _policies_on_path(policy, rule, params, batches)
+        kl = jax.vmap(divergence)(batches, policies)
+        policies_judged = jax.tree.map(lambda leaf: leaf[judged_from:], policies)
+        loss = jax.vmap(loss_fn)(judged(judged_from, batches), policies_judged).mean()
         return {"surrogate": loss, "kl": kl[judged_from:].mean(), "kl_before": kl[:-1].mean()}
 
     def task_loss(params: PyTree, batches: Batch) -> Array:
         changed = changes(params, batches, partial(clipped_loss, clip=clip))
         return changed["surrogate"] + kl_weight * changed["kl_before"]
 
-    descend = meta_learner(model.init, task_loss, plain.evaluate, tx=tx, chunk_size=chunk_size)
+    descend = meta_learner(policy.init, task_loss, plain.evaluate, tx=tx, chunk_size=chunk_size)
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         batches = collect_from_all(collect_one, key, state.params, tasks)
@@ -114,16 +115,16 @@ def promp(
     return descend._replace(update=update)
 
 
-def _act_on_path(model: Model, rule: optax.GradientTransformation, params: PyTree, batches: Batch) -> tuple[Array, Array]:
-    """What the policies before and after each step do in the states of their batches: mean and log-std, [S + 1, T, E, a]."""
+def _policies_on_path(model: Model, rule: optax.GradientTransformation, params: PyTree, batches: Batch) -> Gaussian:
+    """What the policies before and after each step do in the states of their batches, both leaves [S + 1, T, E, a]."""
     before = jax.tree.map(lambda leaf: leaf[:-1], batches)
     _, path = adapt(partial(likelihood_ratio_loss, model), params, before, rule)
-    return jax.vmap(partial(act, model))(path, batches)
+    return jax.vmap(partial(action_distribution, model))(path, batches)
 
 
-def clipped_loss(batch: Batch, actions: tuple[Array, Array], clip: float) -> Array:
+def clipped_loss(batch: Batch, policy: Gaussian, clip: float) -> Array:
     """`maml_rl.surrogate_loss`, but nothing is gained by making an action more or less likely than by a factor of 1 + `clip` or
     1 - `clip` (Schulman et al. 2017, arXiv 1707.06347), []."""
-    ratio = likelihood_ratio(batch, actions)
+    ratio = likelihood_ratio(batch, policy)
     gain = jnp.minimum(ratio * batch.advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * batch.advantages)
     return -masked_mean(gain, batch.trajectories.mask)

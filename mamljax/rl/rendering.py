@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from jax.typing import ArrayLike
 
-from mamljax.checks import check_count
+from mamljax.checks import check_counts
 from mamljax.rl.locomotion import robot_of
 from mamljax.rl.robots import import_mujoco, load_robot
 
@@ -38,8 +38,7 @@ def render_strip(task: str, positions: ArrayLike, *, frames: int, height: int = 
         ValueError: an unknown task, a count below 1, positions of another shape, or fewer than frames.
         ImportError: MuJoCo or Gymnasium is missing.
     """
-    for name, count in (("frames", frames), ("height", height), ("width", width)):
-        check_count(name, count)
+    check_counts(frames=frames, height=height, width=width)
     model = load_robot(robot_of(task))
     positions = np.asarray(positions, np.float64)
     if positions.ndim != 2 or positions.shape[1] != model.nq or len(positions) < frames:

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mamljax import gaussian
+from mamljax.gaussian import Gaussian
 from mamljax.rl.environment import Environment
 from mamljax.types import Model, PyTree
 
@@ -23,8 +24,7 @@ class Trajectories(NamedTuple):
     mask: Array  # [T, E] 1 for a step of a trajectory that ended
     ends: Array  # [T, E] 1 for the last step of a trajectory
     time: Array  # [T, E] steps since the trajectory's first
-    mean: Array  # [T, E, a] of the policy's distribution
-    log_std: Array  # [T, E, a]
+    policy: Gaussian  # from which the actions were drawn, both leaves [T, E, a]
     unstable: Array  # [T, E] 1 where a trajectory ended because the next state was not finite
 
     @property
@@ -41,7 +41,8 @@ def rollout(
     A trajectory ends after T steps, with the step that the environment calls `done`, or before a step whose state, observation
     or reward is not finite. Where it ends early the next one begins, in one of the E first states, so that there are about as
     many steps to learn from as in the authors' code, whatever the policy. Those of a trajectory that is under way at the end
-    are masked, as theirs are left out: which favours trajectories that end early. `first` marks those that nothing selected.
+    are masked, as theirs are left out. This favours short trajectories; `first` marks each row's first one, which is free of
+    that bias.
 
     Args:
         key: a JAX random key.
@@ -57,16 +58,16 @@ def rollout(
         state, observation, time, count = carry
         noise, keys = noise_and_keys
         mean, log_std = model.apply(params, observation)
-        action = gaussian.from_noise(noise, mean, log_std)
+        policy = Gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
+        action = gaussian.from_noise(noise, policy)
         outcome = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, action, task)
         taken = _finite((outcome.state, outcome.observation, outcome.reward))
         ends = outcome.done | ~taken | (time + 1 == horizon)
         count += ends
         another = jax.tree.map(lambda leaf: leaf[(jnp.arange(trajectories) + count) % trajectories], first)
         following = _where(ends, another, (outcome.state, outcome.observation))
-        log_std = jnp.broadcast_to(log_std, mean.shape)
         reward = jnp.where(taken, outcome.reward, 0).astype(mean.dtype)
-        seen = Trajectories(observation, action, reward, taken, ends, time, mean, log_std, ~taken)
+        seen = Trajectories(observation, action, reward, taken, ends, time, policy, ~taken)
         return (*following, jnp.where(ends, 0, time + 1), count), seen
 
     reset_key, noise_key, step_key = jax.random.split(key, 3)
@@ -78,7 +79,7 @@ def rollout(
     seen = lax.scan(step, (*first, nothing, nothing), (noise, keys))[1]
     mask = seen.mask & lax.cummax(seen.ends.astype(int), axis=0, reverse=True).astype(bool)
     flags = {"mask": mask, "ends": seen.ends, "time": seen.time, "unstable": seen.unstable}
-    numbers = {name: value.astype(seen.mean.dtype) for name, value in flags.items()}
+    numbers = {name: value.astype(seen.actions.dtype) for name, value in flags.items()}
     return seen._replace(rewards=jnp.where(mask, seen.rewards, 0), **numbers)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from mamljax.checks import check_count
+from mamljax.checks import check_choice, check_count
 from mamljax.types import PyTree
 
 HessianVectorProduct = Literal["exact", "finite_differences"]
@@ -38,10 +38,10 @@ def trpo(
 
     $\theta \leftarrow \theta - \phi \sqrt{2 \delta / x^T H x}\; x$ with $x \approx (H + \lambda I)^{-1} \nabla L(\theta)$ by
     conjugate gradients, $H$ the Hessian of the divergence at $\theta$, and $\phi$ the first of a row of fractions for which the
-    loss falls and the divergence is at most $\delta$. The row begins with 1. After a divergence above the bound it goes on with
-    the fraction that would bring it to 0.9 of the bound if it were quadratic, half at least, so that few fractions are tried
-    and little of the bound is given away; else with $\beta$ times the last. The parameters stay as they are if no fraction
-    will do. The defaults are those of the authors, whose fractions are powers of $\beta$ in every case.
+    loss falls and the divergence is at most $\delta$. The row begins with 1. If the divergence exceeds $\delta$, the next fraction
+    is the one that would bring it to $0.9 \delta$ if it were quadratic, but no less than half of the last; if only the loss does
+    not fall, it is $\beta$ times the last. The parameters stay as they are if no fraction will do. The defaults are those of
+    the authors, whose fractions are powers of $\beta$ in every case.
 
     `update` needs, beside gradients and parameters, the extra arguments `value` (the loss at `params`) and `value_and_kl_fn`, a
     function of the parameters on the same data: the loss, and the divergence from the policy that acted, which is 0 at
@@ -73,11 +73,11 @@ def trpo(
         raise ValueError(f"backtrack_ratio must lie between 0 and 1, got {backtrack_ratio}. The paper uses 0.8.")
     check_count("cg_steps", cg_steps)
     check_count("max_backtracks", max_backtracks)
-    if hvp not in get_args(HessianVectorProduct):
-        raise ValueError(f"hvp must be one of {get_args(HessianVectorProduct)}, got {hvp!r}.")
+    check_choice("hvp", hvp, HessianVectorProduct)
 
     def init(params: PyTree) -> TrustRegionState:
-        return TrustRegionState(*jnp.zeros(3))
+        zero = jnp.zeros(())
+        return TrustRegionState(fraction=zero, change=zero, kl=zero)
 
     def update(
         grads: PyTree,

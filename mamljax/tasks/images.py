@@ -9,8 +9,8 @@ from jax import Array
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from mamljax.checks import check_count
-from mamljax.types import Examples, SampleFn, Task, as_argument
+from mamljax.checks import check_count, check_counts
+from mamljax.types import Examples, SampleFn, Task, as_partial
 
 
 def episodes(
@@ -40,7 +40,7 @@ def episodes(
     """
     counts = _checked_episodes(images, counts, ways=ways, shots=shots, queries=queries, rotations=rotations)
     draw = functools.partial(_draw, ways=ways, shots=shots, queries=queries, rotations=rotations)
-    return Partial(draw, jax.device_put(images), jnp.asarray(counts, jnp.int32))  # on a CPU without a copy, even if mapped
+    return Partial(draw, _on_device(images), jnp.asarray(counts, jnp.int32))
 
 
 class HostEpisodes:
@@ -95,6 +95,7 @@ class HostEpisodes:
         return Partial(self._prepared, jax.random.key_data(keys), jax.device_put(self._read(*index)), turns)
 
     def _prepared(self, keys: Array, drawn: Array, turns: Array, key: Array) -> Task:
+        # A key that was not prepared finds row 0. The loop over meta-updates asks for some, whose tasks it does not use.
         row = (keys == jax.random.key_data(key)[None]).all(-1).argmax()
         return self._as_task(drawn[row], turns[row])
 
@@ -122,7 +123,13 @@ def labelled(images: ArrayLike, *, number: int, rotations: bool = False, counts:
     check_count("number", number)
     counts = _checked_counts(images, counts, rotations=rotations)
     draw = functools.partial(_draw_labelled, number=number, rotations=rotations)
-    return Partial(draw, jax.device_put(images), jnp.asarray(counts, jnp.int32))  # on a CPU without a copy, even if mapped
+    return Partial(draw, _on_device(images), jnp.asarray(counts, jnp.int32))
+
+
+def _on_device(images: ArrayLike) -> Array:
+    """Images in device memory. A CPU keeps using the array it is given, a memory map for example, unless it may change."""
+    writeable = isinstance(images, np.ndarray) and images.flags.writeable
+    return jax.device_put(images.copy() if writeable else images)
 
 
 def _draw_labelled(images: Array, counts: Array, key: Array, *, number: int, rotations: bool) -> Task:
@@ -139,8 +146,7 @@ def _checked_episodes(
     images: ArrayLike, counts: ArrayLike | None, *, ways: int, shots: int, queries: int, rotations: bool
 ) -> np.ndarray:
     """Check the arguments of `episodes`; returns the images of each class, [classes]."""
-    for name, count in (("ways", ways), ("shots", shots), ("queries", queries)):
-        check_count(name, count)
+    check_counts(ways=ways, shots=shots, queries=queries)
     counts = _checked_counts(images, counts, rotations=rotations)
     if ways > len(counts):
         raise ValueError(f"{ways}-way episodes need {ways} classes, but there are {len(counts)}. Lower ways.")
@@ -161,8 +167,8 @@ def _checked_counts(images: ArrayLike, counts: ArrayLike | None, *, rotations: b
     if rotations and shape[2] != shape[3]:
         raise ValueError(f"rotations need square images, got {shape[2]} x {shape[3]}.")
     counts = np.full(shape[0], shape[1]) if counts is None else np.asarray(counts)
-    if counts.shape != shape[:1] or not (counts <= shape[1]).all():
-        raise ValueError(f"counts must be [classes] of at most {shape[1]} for images {list(shape)}, got {counts}.")
+    if counts.shape != shape[:1] or not ((counts >= 1) & (counts <= shape[1])).all():
+        raise ValueError(f"counts must be [classes] of 1 to {shape[1]} for images {list(shape)}, got {counts}.")
     return counts
 
 
@@ -230,7 +236,7 @@ def inductive(sample: SampleFn) -> SampleFn:
     Returns:
         The sampler of the same episodes with query sets of x [N * K + N * Q, H, W, C] and y that begins with N * K times -1.
     """
-    return _InductiveHostEpisodes(sample) if hasattr(sample, "prepare") else Partial(_draw_inductive, as_argument(sample))
+    return _InductiveHostEpisodes(sample) if hasattr(sample, "prepare") else Partial(_draw_inductive, as_partial(sample))
 
 
 class _InductiveHostEpisodes:

@@ -110,8 +110,8 @@ def test_features_are_flat():
 
 
 def test_bad_sizes():
-    for name in ("ways", "hidden", "slots", "width", "heads"):
-        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
+    for name, least in (("ways", 2), ("hidden", 1), ("slots", 1), ("width", 1), ("heads", 1)):
+        with pytest.raises(ValueError, match=f"{name} must be a whole number of at least {least}, got 0"):
             build(**{name: 0})
     with pytest.raises(ValueError, match="a memory must have as many slots as heads, 3, got 2"):
         build(slots=2, heads=3)

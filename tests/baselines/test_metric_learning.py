@@ -203,5 +203,5 @@ def test_the_margin_is_positive():
 
 def test_counts_are_checked():
     for build in (matching, prototypical, memory_module):
-        with pytest.raises(ValueError, match="ways must be a whole number of at least 1, got 0"):
-            build(FEATURES, cross_entropy, **SHARED | {"ways": 0})
+        with pytest.raises(ValueError, match="ways must be a whole number of at least 2, got 1"):
+            build(FEATURES, cross_entropy, **SHARED | {"ways": 1})

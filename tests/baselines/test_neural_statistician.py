@@ -145,7 +145,7 @@ def test_malformed_tasks_are_refused():
         )
 
 
-@pytest.mark.parametrize("name", ["ways", "context_size", "latent_size", "hidden"])
-def test_bad_sizes(name):
-    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least 1, got 0"):
+@pytest.mark.parametrize(("name", "least"), [("ways", 2), ("context_size", 1), ("latent_size", 1), ("hidden", 1)])
+def test_bad_sizes(name, least):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least {least}, got 0"):
         build(**{name: 0})

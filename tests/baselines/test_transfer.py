@@ -106,7 +106,7 @@ def test_labelled_images_are_turned_one_by_one():
     assert np.abs(counts - 1000).max() < 4.5 * np.sqrt(4000 * 3 / 16)
 
 
-@pytest.mark.parametrize("name", ["ways", "num_classes"])
-def test_counts_are_checked(name):
-    with pytest.raises(ValueError, match="must be a whole number of at least 1, got 0"):
+@pytest.mark.parametrize(("name", "least"), [("ways", 2), ("num_classes", 1)])
+def test_counts_are_checked(name, least):
+    with pytest.raises(ValueError, match=f"must be a whole number of at least {least}, got 0"):
         nearest_neighbour(FEATURES, X, cross_entropy, **SHARED | {name: 0})

@@ -51,7 +51,7 @@ def test_where_nothing_can_render_it_says_so(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(locomotion, "render_strip", render)
     options = runner.parse(locomotion.PRESETS, TINY.split())
     env = locomotion.locomotion(options.task)
-    params = reinforcement.policy_and_collector("maml", options, env)[0].init(jax.random.key(0))
+    params = reinforcement.collector_of("maml", options, env)[0].init(jax.random.key(0))
     states = State(jax.tree.map(lambda leaf: leaf[None], params), ())
     locomotion.draw_strip(options, env, reinforcement.Trained(states, {}, 0.1, None, None, None), tmp_path / "strip.png")
     assert "no strip of frames: cannot render: tried nothing" in capsys.readouterr().err

@@ -163,7 +163,7 @@ def test_a_context_is_adapted_and_the_network_is_not(tmp_path, monkeypatch):
     rows = report.read_results(tmp_path / "results.json")["rows"]
     assert [row.published for row in rows if row.metric == "return"] == [-42.42, -13.9, -5.17]
     options = runner.parse(navigation.PRESETS, ARGUMENTS)
-    model, _ = reinforcement.policy_and_collector("context", options, navigation.navigation())
+    model, _ = reinforcement.collector_of("context", options, navigation.navigation())
     params = model.init(jax.random.key(0))
     rule = reinforcement.rule_of("context", 0.5)
     changes, _ = rule.update(jax.tree.map(jnp.ones_like, params), rule.init(params), params)

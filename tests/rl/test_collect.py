@@ -49,7 +49,7 @@ def constant_policy(value):
 @functools.cache
 def compiled(gae_lambda=1.0):
     model, sizes = constant_policy(1.0), {"horizon": HORIZON, "trajectories": TRAJECTORIES}
-    collect = collector(model, counter_env(), discount=0.9, gae_lambda=gae_lambda, **sizes)
+    collect = collector(model, counter_env(), discount=0.9, gae_lambda=gae_lambda, **sizes).collect
     return jax.jit(collect)
 
 
@@ -79,7 +79,7 @@ def test_rewards_may_be_integers_or_flags():
         return outcome._replace(reward=outcome.reward > 4)
 
     sizes = {"horizon": HORIZON, "trajectories": TRAJECTORIES}
-    collect = collector(constant_policy(1.0), counter_env(step=step), discount=0.9, gae_lambda=1.0, **sizes)
+    collect = collector(constant_policy(1.0), counter_env(step=step), discount=0.9, gae_lambda=1.0, **sizes).collect
     task = counter_env().sample_task(KEY)
     np.testing.assert_array_equal(collect(KEY, jnp.ones(1), task).trajectories.rewards, batch_of().trajectories.rewards > 4)
 
@@ -95,14 +95,15 @@ def test_everything_may_be_integers():
         return Step(state, state[None], state, jnp.abs(state) == 3)
 
     env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=1, action_size=2)
-    batch = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES)(KEY, jnp.ones(1), jnp.int32(0))
+    collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
+    batch = collect(KEY, jnp.ones(1), jnp.int32(0))
     np.testing.assert_array_equal(batch.returns, 1 + 2 + 3)
     assert not batch.trajectories.unstable.any()
 
 
 def test_rewards_that_are_never_finite_are_no_return_of_zero():
     env = counter_env(step=broken_step(reward=jnp.float32(jnp.nan)))
-    collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES)
+    collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
     batch = collect(KEY, jnp.ones(1), env.sample_task(KEY))
     assert jnp.isnan(batch.returns).all()
     assert jnp.isnan(batch.mean_return)

@@ -10,15 +10,16 @@ import numpy as np
 import optax
 import pytest
 from battery import KEY, equal
-from trivial_rl import COLLECT, MODEL, smooth_policy, target_env, tasks_from
+from trivial_rl import COLLECTOR, MODEL, smooth_policy, target_env, tasks_from
 
 from mamljax import gaussian
 from mamljax.checkpoint import Checkpoints
 from mamljax.devices import on, place, task_mesh
+from mamljax.gaussian import Gaussian
 from mamljax.inner import adapt
 from mamljax.rl.collect import collector
 from mamljax.rl.maml_rl import (
-    act,
+    action_distribution,
     collect_and_adapt,
     divergence,
     likelihood_ratio_loss,
@@ -31,14 +32,13 @@ from mamljax.rl.promp import promp
 from mamljax.rl.trpo import TrustRegionState, hessian_vector_product, trpo
 
 MAX_KL = 0.02
-MAML = functools.partial(maml_rl, MODEL, COLLECT, rule=0.3, eval_steps=2)
-ORACLE_MODEL = smooth_policy(2)
-ORACLE_COLLECT = collector(ORACLE_MODEL, with_task_observed(target_env()), horizon=3, trajectories=10)
-ORACLE = functools.partial(maml_rl, ORACLE_MODEL, ORACLE_COLLECT, rule=0.3, inner_steps=0, eval_steps=0)
+MAML = functools.partial(maml_rl, COLLECTOR, rule=0.3, eval_steps=2)
+ORACLE_COLLECTOR = collector(smooth_policy(2), with_task_observed(target_env()), horizon=3, trajectories=10)
+ORACLE = functools.partial(maml_rl, ORACLE_COLLECTOR, rule=0.3, inner_steps=0, eval_steps=0)
 LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "maml by trpo": (MAML(inner_steps=1, tx=trpo(MAX_KL, damping=1e-3)), 2),
     "two steps by adam": (MAML(inner_steps=2, tx=optax.adam(0.01), chunk_size=3), 2),
-    "promp": (promp(MODEL, COLLECT, rule=0.3, inner_steps=1, eval_steps=2, tx=optax.adam(0.01), chunk_size=3), 2),
+    "promp": (promp(COLLECTOR, rule=0.3, inner_steps=1, eval_steps=2, tx=optax.adam(0.01), chunk_size=3), 2),
     "oracle": (ORACLE(tx=trpo(MAX_KL, damping=1e-3)), 0),
 }
 
@@ -134,7 +134,7 @@ def test_a_trivial_environment_is_solved_by_one_step(name, num_updates):
 def batches():
     """Two steps of adaptation to one task, and what came after."""
     params = MODEL.init(KEY)
-    return params, jax.jit(lambda: collect_and_adapt(MODEL, COLLECT, optax.sgd(0.3), 2, KEY, params, jnp.float32(1.0)))()
+    return params, jax.jit(lambda: collect_and_adapt(COLLECTOR, optax.sgd(0.3), 2, KEY, params, jnp.float32(1.0)))()
 
 
 class Spy:
@@ -169,8 +169,7 @@ def derivatives(differentiation, *, in_other_ways=(), inner_steps=1, **settings)
     def run(key):
         spy = Spy()
         learner = maml_rl(
-            MODEL,
-            COLLECT,
+            COLLECTOR,
             rule=0.3,
             inner_steps=inner_steps,
             eval_steps=0,
@@ -227,7 +226,7 @@ def test_likelihood_ratios_give_the_same_step_with_the_curvature_of_what_acts(ba
     flat, unravel = jax.flatten_util.ravel_pytree(params)
 
     def log_prob(flat):
-        return gaussian.log_prob(batch.trajectories.actions, *act(MODEL, unravel(flat), batch))
+        return gaussian.log_prob(batch.trajectories.actions, action_distribution(MODEL, unravel(flat), batch))
 
     @jax.jit
     def run(flat):
@@ -251,7 +250,7 @@ def test_the_meta_gradient_is_through_steps_on_likelihood_ratios():
 
     @jax.jit
     def written_out(params):
-        gather = functools.partial(collect_and_adapt, MODEL, COLLECT, optax.sgd(0.3), 2)
+        gather = functools.partial(collect_and_adapt, COLLECTOR, optax.sgd(0.3), 2)
         batches = jax.vmap(gather, (0, None, 0))(jax.random.split(KEY, 6), params, tasks_from(0))
 
         def loss(params, batches):
@@ -259,7 +258,7 @@ def test_the_meta_gradient_is_through_steps_on_likelihood_ratios():
             for batch in before:
                 gradient = jax.grad(functools.partial(likelihood_ratio_loss, MODEL))(params, batch)
                 params = jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, params, gradient)
-            return surrogate_loss(judge, act(MODEL, params, judge))
+            return surrogate_loss(judge, action_distribution(MODEL, params, judge))
 
         grads = jax.grad(lambda params: jax.vmap(loss, (None, 0))(params, batches).mean())(params)
         return jax.flatten_util.ravel_pytree(grads)[0]
@@ -279,12 +278,12 @@ def test_losses_and_divergence_are_of_steps_within_trajectories_alone():
     rng = np.random.default_rng(0)
     array = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     mask = rng.permutation(np.repeat([1.0, 1.0, 0.0], 4)).reshape(6, 2).astype(np.float32)
-    data = jax.eval_shape(COLLECT, KEY, MODEL.init(KEY), jnp.float32(1.0))
-    old = {"mean": array(6, 2, 1), "log_std": 0.3 * array(6, 2, 1)}
-    steps = data.trajectories._replace(observations=array(6, 2, 1), actions=array(6, 2, 1), mask=mask, **old)
+    data = jax.eval_shape(COLLECTOR.collect, KEY, MODEL.init(KEY), jnp.float32(1.0))
+    old = Gaussian(array(6, 2, 1), 0.3 * array(6, 2, 1))
+    steps = data.trajectories._replace(observations=array(6, 2, 1), actions=array(6, 2, 1), mask=mask, policy=old)
     batch = data._replace(trajectories=steps, advantages=array(6, 2))
     params = MODEL.init(KEY)
-    mean, log_std = map(np.asarray, act(MODEL, params, batch))
+    new = Gaussian(*map(np.asarray, action_distribution(MODEL, params, batch)))
 
     def log_prob(mean, log_std):
         return (-((steps.actions - mean) ** 2) / (2 * np.exp(2 * log_std)) - log_std - 0.5 * np.log(2 * np.pi))[..., 0]
@@ -292,11 +291,11 @@ def test_losses_and_divergence_are_of_steps_within_trajectories_alone():
     def average(values):
         return (values * mask).sum() / mask.sum()
 
-    ratio = np.exp(log_prob(mean, log_std) - log_prob(**old))
-    variances = np.exp(2 * old["log_std"]), np.exp(2 * log_std)
-    kl = (log_std - old["log_std"] + (variances[0] + (old["mean"] - mean) ** 2) / (2 * variances[1]) - 0.5)[..., 0]
-    found = (reinforce_loss(MODEL, params, batch), *(fn(batch, (mean, log_std)) for fn in (surrogate_loss, divergence)))
-    expected = (-average(log_prob(mean, log_std) * batch.advantages), -average(ratio * batch.advantages), average(kl))
+    ratio = np.exp(log_prob(*new) - log_prob(*old))
+    variances = np.exp(2 * old.log_std), np.exp(2 * new.log_std)
+    kl = (new.log_std - old.log_std + (variances[0] + (old.mean - new.mean) ** 2) / (2 * variances[1]) - 0.5)[..., 0]
+    found = (reinforce_loss(MODEL, params, batch), *(fn(batch, new) for fn in (surrogate_loss, divergence)))
+    expected = (-average(log_prob(*new) * batch.advantages), -average(ratio * batch.advantages), average(kl))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -306,21 +305,21 @@ def test_adaptation_gathers_with_the_policy_of_each_step(batches):
     before = jax.tree.map(lambda leaf: leaf[:-1], found)
     _, path = adapt(functools.partial(reinforce_loss, MODEL), params, before, optax.sgd(0.3))
     means = jax.vmap(lambda params: MODEL.apply(params, jnp.ones(1))[0])(path)
-    np.testing.assert_allclose(found.trajectories.mean[:, 0, 0], means, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(found.trajectories.policy.mean[:, 0, 0], means, rtol=1e-4, atol=1e-6)
     assert len(set(np.asarray(means[:, 0]))) == 3
 
 
 def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
     """Written out step by step, on the batches that an update with the same key gathers."""
     spy, task, rule = Spy(), jnp.float32(1.0), optax.sgd(0.3)
-    learner = maml_rl(MODEL, COLLECT, rule=0.3, inner_steps=2, eval_steps=0, tx=spy.tx(), multi_step_loss=True)
+    learner = maml_rl(COLLECTOR, rule=0.3, inner_steps=2, eval_steps=0, tx=spy.tx(), multi_step_loss=True)
 
     @jax.jit
     def run():
         state = learner.init(KEY)
         learner.update(KEY, state, task[None])
         first, second, third = (
-            jax.tree.map(lambda leaf, step=step: leaf[step], collect_and_adapt(MODEL, COLLECT, rule, 2, *arguments))
+            jax.tree.map(lambda leaf, step=step: leaf[step], collect_and_adapt(COLLECTOR, rule, 2, *arguments))
             for arguments in [(jax.random.split(KEY, 1)[0], state.params, task)]
             for step in range(3)
         )
@@ -330,7 +329,7 @@ def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
             for batch, judge in ((first, second), (second, third)):
                 gradient = jax.grad(functools.partial(reinforce_loss, MODEL))(params, batch)
                 params = jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, params, gradient)
-                total += judge.spread * surrogate_loss(judge, act(MODEL, params, judge))
+                total += judge.spread * surrogate_loss(judge, action_distribution(MODEL, params, judge))
             return total / (second.spread + third.spread)
 
         return spy.seen["value"], spy.seen["grads"], loss(state.params), jax.grad(loss)(state.params), (second, third)
@@ -355,4 +354,4 @@ def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        maml_rl(MODEL, COLLECT, **{"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "tx": optax.sgd(0.1)} | settings)
+        maml_rl(COLLECTOR, **{"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "tx": optax.sgd(0.1)} | settings)

@@ -10,10 +10,18 @@ import numpy as np
 import optax
 import pytest
 from battery import KEY
-from trivial_rl import COLLECT, MODEL, tasks_from
+from trivial_rl import COLLECTOR, MODEL, tasks_from
 
 from mamljax import gaussian
-from mamljax.rl.maml_rl import act, collect_and_adapt, divergence, likelihood_ratio_loss, maml_rl, surrogate_loss
+from mamljax.gaussian import Gaussian
+from mamljax.rl.maml_rl import (
+    action_distribution,
+    collect_and_adapt,
+    divergence,
+    likelihood_ratio_loss,
+    maml_rl,
+    surrogate_loss,
+)
 from mamljax.rl.promp import clipped_loss, promp
 from mamljax.rl.trpo import trpo
 
@@ -24,8 +32,8 @@ SETTINGS = {"rule": 0.3, "inner_steps": 1, "eval_steps": 2}
 def test_the_first_step_is_that_of_maml_on_likelihood_ratios(inner_steps, multi_step_loss):
     """Nothing is clipped yet, and the divergence is at its minimum; with two steps of adaptation in training, too."""
     settings = SETTINGS | {"inner_steps": inner_steps, "multi_step_loss": multi_step_loss, "tx": optax.sgd(0.1)}
-    start = maml_rl(MODEL, COLLECT, inner_objective="likelihood_ratio", **settings)
-    one = promp(MODEL, COLLECT, outer_steps=1, kl_weight=10.0, **settings)
+    start = maml_rl(COLLECTOR, inner_objective="likelihood_ratio", **settings)
+    one = promp(COLLECTOR, outer_steps=1, kl_weight=10.0, **settings)
     (expected, theirs), (found, ours) = (
         jax.jit(learner.update)(KEY, learner.init(KEY), tasks_from(0)) for learner in (start, one)
     )
@@ -41,34 +49,34 @@ def test_two_steps_on_what_two_steps_of_adaptation_gathered():
     counts as much as they."""
     lr, clip, kl_weight = 0.1, 0.02, 3.0
     settings = {"rule": 0.3, "inner_steps": 2, "eval_steps": 0, "tx": optax.sgd(lr)}
-    learner = promp(MODEL, COLLECT, outer_steps=2, clip=clip, kl_weight=kl_weight, **settings)
+    learner = promp(COLLECTOR, outer_steps=2, clip=clip, kl_weight=kl_weight, **settings)
     state = learner.init(KEY)
     found, metrics = jax.jit(learner.update)(KEY, state, tasks_from(0))
 
     def along(params, batches):
         """The policies before and after each step, and what each does in the states of its batch."""
-        actions = []
+        policies = []
         for step in range(3):
             batch = jax.tree.map(lambda leaf, step=step: leaf[step], batches)
-            actions.append((batch, act(MODEL, params, batch)))
+            policies.append((batch, action_distribution(MODEL, params, batch)))
             gradient = jax.grad(functools.partial(likelihood_ratio_loss, MODEL))(params, batch)
             params = jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, params, gradient)
-        return actions
+        return policies
 
-    def ratio_of(batch, actions):
+    def ratio_of(batch, policy):
         acted = batch.trajectories
-        return jnp.exp(gaussian.log_prob(acted.actions, *actions) - gaussian.log_prob(acted.actions, acted.mean, acted.log_std))
+        return jnp.exp(gaussian.log_prob(acted.actions, policy) - gaussian.log_prob(acted.actions, acted.policy))
 
     def loss(params, batches):
-        *before, (judge, actions) = along(params, batches)
-        ratio, advantages = ratio_of(judge, actions), judge.advantages
+        *before, (judge, adapted) = along(params, batches)
+        ratio, advantages = ratio_of(judge, adapted), judge.advantages
         clipped = jnp.where(advantages > 0, jnp.minimum(ratio, 1 + clip), jnp.maximum(ratio, 1 - clip))
         strayed = [divergence(*policy) for policy in before]
         return -(clipped * advantages).mean() + kl_weight * (strayed[0] + strayed[1]) / 2  # no step is masked here
 
     @jax.jit
     def written_out(params):
-        gather = functools.partial(collect_and_adapt, MODEL, COLLECT, optax.sgd(0.3), 2)
+        gather = functools.partial(collect_and_adapt, COLLECTOR, optax.sgd(0.3), 2)
         batches = jax.vmap(gather, (0, None, 0))(jax.random.split(KEY, 6), params, tasks_from(0))
         for _ in range(2):
             ratios = jax.vmap(lambda batches, params=params: ratio_of(*along(params, batches)[2]))(batches)
@@ -89,29 +97,31 @@ def test_ratios_are_clipped_where_they_would_gain():
     rng = np.random.default_rng(0)
     array = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     mask = rng.permutation(np.repeat([1.0, 1.0, 0.0], 4)).reshape(6, 2).astype(np.float32)
-    data = jax.eval_shape(COLLECT, KEY, MODEL.init(KEY), jnp.float32(1.0))
-    old, new = ({"mean": array(6, 2, 1), "log_std": 0.3 * array(6, 2, 1)} for _ in range(2))
-    steps = data.trajectories._replace(actions=array(6, 2, 1), mask=mask, **old)
+    data = jax.eval_shape(COLLECTOR.collect, KEY, MODEL.init(KEY), jnp.float32(1.0))
+    old, new = (Gaussian(array(6, 2, 1), 0.3 * array(6, 2, 1)) for _ in range(2))
+    steps = data.trajectories._replace(actions=array(6, 2, 1), mask=mask, policy=old)
     batch = data._replace(trajectories=steps, advantages=array(6, 2))
 
     def log_prob(mean, log_std):
         return (-((steps.actions - mean) ** 2) / (2 * np.exp(2 * log_std)) - log_std)[..., 0]
 
-    ratio = np.exp(log_prob(**new) - log_prob(**old))
+    ratio = np.exp(log_prob(*new) - log_prob(*old))
     gain = np.where(batch.advantages > 0, np.minimum(ratio, 1.2), np.maximum(ratio, 0.8)) * batch.advantages
-    found = clipped_loss(batch, (new["mean"], new["log_std"]), 0.2)
+    found = clipped_loss(batch, new, 0.2)
     np.testing.assert_allclose(found, -(gain * mask).sum() / mask.sum(), rtol=1e-4)
-    assert found > surrogate_loss(batch, (new["mean"], new["log_std"])) + 0.1
+    assert found > surrogate_loss(batch, new) + 0.1
 
 
 def test_a_ratio_without_end_has_no_gradient_and_is_no_nan():
     """An action that is e^100 times as likely as it was, and was better than expected, or worse."""
-    batch = jax.jit(COLLECT)(KEY, MODEL.init(KEY), jnp.float32(1.0))
+    batch = jax.jit(COLLECTOR.collect)(KEY, MODEL.init(KEY), jnp.float32(1.0))
     steps = batch.trajectories
-    steps = steps._replace(actions=steps.mean, log_std=jnp.full_like(steps.log_std, 100.0))
+    mean, log_std = steps.policy
+    steps = steps._replace(actions=mean, policy=Gaussian(mean, jnp.full_like(log_std, 100.0)))
     for advantage in (1.0, -1.0):
         judged = batch._replace(trajectories=steps, advantages=jnp.full_like(batch.advantages, advantage))
-        gradient = jax.grad(lambda mean, judged=judged: clipped_loss(judged, (mean, jnp.zeros_like(mean)), 0.2))(steps.mean)
+        policy = Gaussian(mean, jnp.zeros_like(mean))
+        gradient = jax.grad(lambda policy, judged=judged: clipped_loss(judged, policy, 0.2))(policy).mean
         assert (gradient == 0).all()
 
 
@@ -132,4 +142,4 @@ def test_a_ratio_without_end_has_no_gradient_and_is_no_nan():
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        promp(MODEL, COLLECT, **SETTINGS | {"tx": optax.adam(0.01)} | settings)
+        promp(COLLECTOR, **SETTINGS | {"tx": optax.adam(0.01)} | settings)

@@ -168,8 +168,9 @@ GOOD = {"ways": 3, "shots": 2, "queries": 3}
         ({"ways": 8}, r"8-way episodes need 8 classes, but there are 7. Lower ways"),
         ({"shots": 4}, r"4 support and 3 query images a class need 7 images, but class 0 has 6. Lower shots or queries"),
         ({"counts": [6, 6, 4, 6, 6, 6, 6]}, r"need 5 images, but class 2 has 4"),
-        ({"counts": [6, 6]}, r"counts must be \[classes\] of at most 6"),
-        ({"counts": [7] * 7}, r"counts must be \[classes\] of at most 6"),
+        ({"counts": [6, 6]}, r"counts must be \[classes\] of 1 to 6"),
+        ({"counts": [0] * 7}, r"counts must be \[classes\] of 1 to 6"),
+        ({"counts": [7] * 7}, r"counts must be \[classes\] of 1 to 6"),
     ],
 )
 def test_bad_arguments(arguments, message):
