@@ -117,10 +117,10 @@ def bars(results: Mapping[str, Any], path: Path) -> None:
         for metric, axes in zip(metrics, line, strict=True):
             shown = [row for row in rows if (row.setting, row.metric) == (setting, metric)]
             drawn = axes.barh([row.method for row in shown], [row.mean for row in shown], color="C0")
-            axes.bar_label(drawn, fmt="%.4g", padding=3)
+            axes.bar_label(drawn, fmt=lambda value: f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}", padding=3)
             axes.set_title(f"{setting}\n{metric}", fontsize="medium")
             axes.invert_yaxis()
-            axes.margins(x=0.25)
+            axes.margins(x=0.4)
     figure.savefig(path, dpi=100)
 
 

@@ -45,7 +45,7 @@ def strided_conv(params: Params, x: Tensor) -> Tensor:
 
 
 def pooled_conv(params: Params, x: Tensor) -> Tensor:
-    """`models.PooledConvNet` of images [n, C, H, W]; logits [n, ways]."""
+    """`image_models.PooledConvNet` of images [n, C, H, W]; logits [n, ways]."""
     for block in range(4):
         x = functional.max_pool2d(functional.relu(_normalised(params, block, x, padding=1)), 2)
     return _linear(params, 0, x.permute(0, 2, 3, 1).flatten(1))  # channels last, as the library has them

@@ -16,9 +16,9 @@ import reinforcement
 import runner
 import tyro
 from jax import Array, lax
-from reinforcement import TEST_SEED, Trained
+from reinforcement import TEST_SEED, Method, Trained
 
-from mamljax.figures import new_figure
+from mamljax.figures import new_figure, steps_taken
 from mamljax.inner import adapt
 from mamljax.rl.environment import Environment
 from mamljax.rl.locomotion import locomotion
@@ -107,11 +107,11 @@ def execute(options: Options, run: runner.Run) -> None:
     )
     if options.horizon < STRIP_FRAMES:
         print(f"no strip of frames: it has {STRIP_FRAMES}, and --horizon is {options.horizon}", file=sys.stderr)
-    elif drawn := trained.get("maml") or trained.get("promp"):
-        draw_strip(options, env, drawn, options.out / "strip.png")
+    elif method := next((name for name in ("promp", "maml") if name in trained), None):
+        draw_strip(options, env, method, trained[method], options.out / "strip.png")
 
 
-def draw_strip(options: Options, env: Environment, trained: Trained, path: Path) -> None:
+def draw_strip(options: Options, env: Environment, method: Method, trained: Trained, path: Path) -> None:
     """Draw the first seed's policy before and after one step on a task; where nothing can render, say so and go on."""
     task_key, key = jax.random.split(jax.random.key(TEST_SEED))
     task = env.sample_task(task_key)
@@ -123,9 +123,12 @@ def draw_strip(options: Options, env: Environment, trained: Trained, path: Path)
         print(f"no strip of frames: {error}", file=sys.stderr)
         return
     figure = new_figure(2 * STRIP_FRAMES, 4)
-    for when, axes, strip in zip(("before adaptation", "after 1 step"), figure.subplots(2, 1), strips, strict=True):
+    for step, (axes, strip) in enumerate(zip(figure.subplots(2, 1), strips, strict=True)):
         axes.imshow(jnp.concatenate(list(strip), axis=1))
-        axes.set(title=f"{options.task} {task:.2f}, {when}", xticks=[], yticks=[])
+        metres = positions[step, -1, 0] - positions[step, 0, 0]
+        axes.set(
+            title=f"{method} in {options.task}, task {task:.2f}, {steps_taken(step)}: {metres:+.1f} m", xticks=[], yticks=[]
+        )
     figure.savefig(path, dpi=100)
 
 

@@ -15,7 +15,7 @@ import reinforcement
 import runner
 from reinforcement import TEST_SEED, Method, Trained
 
-from mamljax.figures import legend_below, new_figure
+from mamljax.figures import legend_below, new_figure, steps_taken
 from mamljax.rl.environment import Environment
 from mamljax.rl.maml_rl import collect_and_adapt
 from mamljax.rl.navigation import navigation
@@ -98,10 +98,11 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
                     continue
                 for trajectory in range(min(DRAWN_TRAJECTORIES, options.eval_trajectories)):
                     taken = observations[step, :, trajectory][first[step, :, trajectory]]
-                    label = {"label": f"after {step} steps"} if trajectory == 0 else {}
+                    label = {"label": steps_taken(step)} if trajectory == 0 else {}
                     axes.plot(*taken.T, color=colour, linewidth=1, **label)
             axes.plot(*goal, "C3*", markersize=12, label="goal")
-            axes.set(title=method, xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
+            axes.set(title=method, xlabel="x", ylabel="y", xlim=(-1, 1), ylim=(-1, 1), aspect="equal")
+            axes.label_outer()
     legend_below(figure, panels[0, 0])
     figure.savefig(path, dpi=100)
 

@@ -20,7 +20,7 @@ from mamljax import report
 from mamljax.baselines.multi_task import multi_task, no_penalty, squared_distance, squared_norm
 from mamljax.baselines.pretrain import pretrain
 from mamljax.evaluate import evaluate, mean_and_ci95
-from mamljax.figures import legend_below, new_figure
+from mamljax.figures import legend_below, new_figure, steps_taken
 from mamljax.losses import mse
 from mamljax.maml import fine_tune, maml
 from mamljax.models import mlp
@@ -221,10 +221,10 @@ def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path
             axes.plot(x, y, color="0.75", linewidth=4, label="true curve")
             for step, style in ((0, "C7:"), (1, "C0--"), (options.eval_steps, "C2-")):
                 params = jax.tree.map(lambda leaf, step=step: leaf[step], states)
-                axes.plot(x, network(options).apply(params, x), style, label=f"after {step} steps")
+                axes.plot(x, network(options).apply(params, x), style, label=steps_taken(step))
             axes.plot(task.support.x, task.support.y, "C3^", label="the 5 points")
-            axes.axvspan(*interval, color="C3", alpha=0.05)
-            axes.set(title=f"{method}, curve {1 + column // 2}", xlabel="x", ylim=1.6 * jnp.array([y.min(), y.max()]))
+            axes.axvspan(*interval, color="C3", alpha=0.05, label="where they lie")
+            axes.set(title=f"{method}, curve {1 + column // 2}", xlabel="x", ylabel="y", ylim=(1.6 * y.min(), 1.6 * y.max()))
     legend_below(figure, figure.axes[0])
     figure.savefig(path, dpi=100)
 

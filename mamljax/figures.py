@@ -17,6 +17,11 @@ def new_figure(width: float, height: float) -> "Figure":
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def steps_taken(number: int) -> str:
+    """How a legend says after how many adaptation steps something is."""
+    return "before adaptation" if number == 0 else f"after {number} step{'s' * (number != 1)}"
+
+
 def legend_below(figure: "Figure", axes: "Axes") -> None:
     """Put the legend of one panel below all of them, in as many columns as the figure is wide."""
     handles, labels = axes.get_legend_handles_labels()

@@ -141,11 +141,13 @@ def markdown(results: Mapping[str, Any]) -> str:
     """Tables of a results file in Markdown: one for each setting and metric, methods down, adaptation steps across."""
     env = results["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in env["versions"].items())
-    effort = f"commit {env['git'] or 'unknown'}; {results['seconds']:.0f} s of training."
+    of_what = "training" if any(row.seeds for row in results["rows"]) else "measuring"
+    effort = f"commit {env['git'] or 'unknown'}; {results['seconds']:,.0f} s of {of_what}."
     lines = [f"# {results['experiment']}", "", f"{env['device']}; {versions}; {effort}"]
     for setting, metric in dict.fromkeys((row.setting, row.metric) for row in results["rows"]):
         rows = [row for row in results["rows"] if (row.setting, row.metric) == (setting, metric)]
-        lines += ["", f"## {setting}: {metric} by number of adaptation steps", "", *_table(rows)]
+        by_step = " by number of adaptation steps" if _takes_steps(rows) else ""
+        lines += ["", f"## {setting}: {metric}{by_step}", "", *_table(rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -169,11 +171,11 @@ def learning_curves(results: Mapping[str, Any], path: Path) -> None:
     The axis of a metric is logarithmic where positive values span more than two orders of magnitude.
 
     Args:
-        results: as `read_results` returns them; nothing is drawn if they have no rows.
+        results: as `read_results` returns them; nothing is drawn if no method takes steps.
         path: where to write the figure.
     """
     rows = results["rows"]
-    if not rows:
+    if not _takes_steps(rows):
         return
     settings, metrics, methods = (list(dict.fromkeys(names)) for names in zip(*map(_group, rows), strict=True))
     figure = new_figure(1 + 4 * len(settings), 1 + 3 * len(metrics))
@@ -189,6 +191,7 @@ def learning_curves(results: Mapping[str, Any], path: Path) -> None:
     for setting, top, bottom in zip(settings, panels[0], panels[-1], strict=True):
         top.set_title(setting)
         bottom.set_xlabel("adaptation steps")
+        bottom.xaxis.get_major_locator().set_params(integer=True)
     legend_below(figure, panels[0, 0])
     figure.savefig(path, dpi=100)
 
@@ -211,6 +214,7 @@ def training_curves(directories: Mapping[str, Path], path: Path) -> None:
             axes.plot(*np.array(points).reshape(-1, 2).T, label=method)
         positive = any((line.get(name) or 0) > 0 for log in logs.values() for line in log)  # a validation error may be 0
         axes.set(xlabel="meta-updates", ylabel=name.replace("_", " "), yscale="log" if positive else "linear")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     legend_below(figure, axes)
     figure.savefig(path, dpi=100)
@@ -229,12 +233,18 @@ def _draw_curve(axes: Any, curve: Sequence[Row], colour: str) -> None:
         axes.fill_between(steps, mean - ci95, mean + ci95, color=colour, alpha=0.2)
 
 
+def _takes_steps(rows: Sequence[Row]) -> bool:
+    """Whether rows are of several numbers of adaptation steps; those of methods without, and of most benchmarks, are not."""
+    return len({row.step for row in rows}) > 1
+
+
 def _table(rows: Sequence[Row]) -> list[str]:
     steps = sorted({row.step for row in rows})
     if len(steps) > 6:  # the ends, and whatever was published
         steps = sorted({steps[0], steps[1], steps[-1]} | {row.step for row in rows if row.published is not None})
     trained = any(row.seeds for row in rows)  # a benchmark trains nothing
-    head = ["method", *map(str, steps), *(["trained for", "evaluated on"] if trained else [])]
+    columns = map(str, steps) if _takes_steps(rows) else [rows[0].metric]
+    head = ["method", *columns, *(["trained for", "evaluated on"] if trained else [])]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for key in dict.fromkeys((row.method, row.protocol) for row in rows):
         mine = {row.step: row for row in rows if (row.method, row.protocol) == key}

@@ -14,6 +14,7 @@ import pytest
 from battery import KEY, equal
 
 from mamljax.baselines.meta_lstm import meta_lstm
+from mamljax.baselines.metric_learning import matching
 from mamljax.baselines.multi_task import multi_task, squared_distance
 from mamljax.baselines.pretrain import pretrain
 from mamljax.checkpoint import Checkpoints
@@ -166,6 +167,12 @@ def test_every_loss_of_a_learner_is_checked_for_malformed_tasks(case):
 
 
 def test_no_metric_takes_the_name_of_the_loss():
-    learner = MAML(rule=0.01, metric_fns={"loss": mse})
     with pytest.raises(ValueError, match='metric_fns must not have "loss"'):
-        learner.evaluate(KEY, learner.init(KEY), SAMPLE(KEY))
+        MAML(rule=0.01, metric_fns={"loss": mse})
+    with pytest.raises(ValueError, match='metric_fns must not have "loss"'):
+        matching(MODEL, mse, ways=2, tx=optax.adam(1e-2), metric_fns={"loss": mse})
+
+
+def test_differentiation_is_checked_by_the_builder():
+    with pytest.raises(ValueError, match=r"differentiation must be one of \('mixed', 'reverse', 'first_order'\), got 'second'"):
+        MAML(rule=0.01, differentiation="second")

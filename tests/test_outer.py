@@ -92,6 +92,30 @@ def test_chunks_of_tasks_give_the_same_update():
     np.testing.assert_allclose(results, [results[0]] * 5, rtol=1e-5)
 
 
+def test_the_loss_function_of_the_optimiser_goes_by_chunks_too():
+    """Whatever evaluates the loss sees two tasks at a time."""
+    batches = []
+
+    @jax.custom_batching.custom_vmap
+    def spied_on(task):
+        return task
+
+    @spied_on.def_vmap
+    def spy(axis_size, in_batched, task):
+        batches.append(axis_size)
+        return task, True
+
+    def update(updates, state, params, *, value, value_fn, **_):
+        batches.clear()
+        np.testing.assert_allclose(value_fn(params), value)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    learner = learner_with(lambda params, task: 0.5 * (params - spied_on(task)) ** 2, tx=tx, chunk_size=2)
+    learner.update(KEY, learner.init(KEY), jnp.arange(6.0))
+    assert set(batches) == {2}
+
+
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0])
 def test_chunk_size_must_be_a_count(chunk_size):
     with pytest.raises(ValueError, match=f"chunk_size must be a whole number of at least 1, got {chunk_size}"):

@@ -101,7 +101,8 @@ def test_a_benchmark_trains_nothing():
     row = Row("mixed", "10 points", "median of 7", "ms", 1, 2.0, None, 25, seeds=0, meta_updates=0)
     results = {"experiment": "x", "environment": {"device": "", "versions": {}, "git": ""}, "seconds": 1.0, "rows": [row]}
     text = markdown(results)
-    assert "| method | 1 |\n|---|---|\n| mixed | 2.000 |\n\nmedian of 7." in text
+    assert "## 10 points: ms\n\n| method | ms |\n|---|---|\n| mixed | 2.000 |\n\nmedian of 7." in text
+    assert "1 s of measuring" in text
     assert "| mixed | 2.5e-12 |" in markdown({**results, "rows": [row._replace(mean=2.5e-12)]})
 
 
@@ -110,8 +111,9 @@ def test_figure(path, tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_no_rows_no_figure(tmp_path):
+def test_without_steps_there_is_no_figure(tmp_path):
     learning_curves({"rows": []}, tmp_path / "curves.png")
+    learning_curves({"rows": rows_over_steps([1.0], [0.1], method="prototypical", **FIELDS)}, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()
 
 

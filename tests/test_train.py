@@ -76,6 +76,27 @@ def test_is_compiled_once_however_it_is_cut():
     assert len(traces) == 1
 
 
+def test_a_second_training_of_a_learner_compiles_nothing():
+    traces = []
+
+    def update(key, state, tasks):
+        traces.append(None)
+        return LEARNER.update(key, state, tasks)
+
+    learner = LEARNER._replace(update=update)
+    first, second, again = (train(learner, key=key) for key in (KEY, KEYS[1], KEY))
+    assert len(traces) == 1
+    assert_equal(first.state, again.state)
+    assert not np.array_equal(*(result.state.params["Dense_0"]["kernel"] for result in (first, second)))
+
+
+def test_without_a_directory_nothing_is_copied_to_be_saved(monkeypatch):
+    saved = []
+    monkeypatch.setattr(Record, "save", lambda self, update, tree: saved.append(update))
+    train(checkpoint_seconds=0.0)
+    assert saved == [20]  # the call at the end, which writes nothing either
+
+
 @pytest.mark.parametrize("log_every", [1, 7, 100])
 def test_how_it_is_cut_changes_nothing(log_every):
     """But rounding, of programs of another length."""

@@ -129,6 +129,11 @@ def test_seeded_split():
     assert (split["test"] != other["test"]).any()
 
 
+def test_an_unknown_split_is_refused():
+    with pytest.raises(ValueError, match=r"split must be one of \('seeded', 'vinyals'\), got 'seded'"):
+        split_omniglot(("Greek/character01",), "seded")
+
+
 def test_vinyals_split():
     names = ("Greek/character01", "Hebrew/character01", "Oriya/character02", "Gurmukhi/character41", "Gurmukhi/character42")
     split = {part: numbers.tolist() for part, numbers in split_omniglot(names, "vinyals").items()}

@@ -53,7 +53,8 @@ def test_where_nothing_can_render_it_says_so(tmp_path, capsys, monkeypatch):
     env = locomotion.locomotion(options.task)
     params = reinforcement.collector_of("maml", options, env)[0].init(jax.random.key(0))
     states = State(jax.tree.map(lambda leaf: leaf[None], params), ())
-    locomotion.draw_strip(options, env, reinforcement.Trained(states, {}, 0.1, None, None, None), tmp_path / "strip.png")
+    trained = reinforcement.Trained(states, {}, 0.1, None, None, None)
+    locomotion.draw_strip(options, env, "maml", trained, tmp_path / "strip.png")
     assert "no strip of frames: cannot render: tried nothing" in capsys.readouterr().err
     assert drawn[0].shape == (3, 9)  # horizon, and the positions of a half-cheetah
     assert jnp.isfinite(drawn[0]).all()

@@ -141,7 +141,7 @@ def test_every_method_can_be_built(method):
 
 
 def test_options_of_promp_reach_it(monkeypatch):
-    monkeypatch.setattr(reinforcement, "promp", lambda model, collect, **settings: settings)
+    monkeypatch.setattr(reinforcement, "promp", lambda collect, **settings: settings)
     flags = ["--promp-steps", "7", "--promp-clip", "0.1", "--promp-kl-weight", "0", "--inner-steps", "2", "--meta-lr", "0.5"]
     monkeypatch.setattr(reinforcement.optax, "adam", lambda step_size: step_size)
     options = runner.parse(navigation.PRESETS, ARGUMENTS + flags)
@@ -242,6 +242,7 @@ def test_presets_and_help(capsys):
     assert settings == (1, 100, 20, 20, 100, 0.5, 0.01)
     assert (paper.multi_step_loss, paper.inner_objective, paper.gae_lambda) == (False, "log_prob", 1.0)
     assert runner.parse(navigation.PRESETS, ["--preset", "quick"]).steps < 100
+    assert runner.parse(navigation.PRESETS, ["--preset", "quick", "--preset=paper"]) == paper
     assert len({options.out for options in navigation.PRESETS.values()}) == len(navigation.PRESETS)
     with pytest.raises(SystemExit) as stop:
         runner.parse(navigation.PRESETS, ["--help"])

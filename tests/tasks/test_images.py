@@ -13,7 +13,7 @@ from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import maml
 from mamljax.models import from_linen
 from mamljax.tasks import images
-from mamljax.tasks.images import HostEpisodes, distinct, episodes, inductive, turn
+from mamljax.tasks.images import HostEpisodes, distinct, episodes, inductive, labelled, turn
 from mamljax.train import fit
 
 CLASSES, IMAGES, SIZE = 7, 6, 4
@@ -139,6 +139,26 @@ def test_the_bank_is_an_argument_of_the_compiled_program():
     jaxpr = jax.make_jaxpr(lambda sample, key: sample(key))(sample, KEY)
     assert [aval.shape for aval in jaxpr.in_avals[:2]] == [BANK.shape, (CLASSES,)]
     assert not any(np.shape(constant) == BANK.shape for constant in jaxpr.consts)
+
+
+@pytest.mark.parametrize(
+    "sampler", [lambda bank: episodes(bank, ways=3, shots=1, queries=1), lambda bank: labelled(bank, number=4)]
+)
+def test_what_becomes_of_the_images_later_does_not_matter(sampler):
+    mine = BANK.copy()
+    sample = sampler(mine)
+    before = sample(KEY)
+    mine[:] = 0
+    jax.tree.map(np.testing.assert_array_equal, sample(KEY), before)
+    assert before.support.x.any()
+
+
+def test_a_memory_map_is_not_copied(tmp_path):
+    np.save(tmp_path / "bank.npy", np.zeros((1000, 20, 28, 28, 1), np.uint8))  # 15.7 MB
+    mapped = np.load(tmp_path / "bank.npy", mmap_mode="r")
+    images = episodes(mapped, ways=3, shots=1, queries=1).args[0]
+    if images.device.platform == "cpu":
+        assert images.unsafe_buffer_pointer() == mapped.ctypes.data
 
 
 def test_inductive_query_sets_begin_with_the_support_set_unlabelled():
