@@ -128,9 +128,7 @@ def run_methods(
     """Train every method, evaluate all on the same test tasks, write the results and the figures all experiments have.
 
     Args:
-        options: of the experiment.
-        run: of the experiment.
-        env: the environment.
+        options, run, env: of the experiment.
         setting: what the results are of, "navigation" for example.
         protocol: the rules under which they were measured.
         published: mean return by adaptation step, for each method that has one; of the paper's protocol and horizon, and so
@@ -140,8 +138,7 @@ def run_methods(
     Returns:
         Every method that was trained at all.
     """
-    if protocol != "paper" or options.horizon != type(options).horizon:
-        published = {}
+    published = published if protocol == "paper" and options.horizon == type(options).horizon else {}
     trained = {}
     for method in options.method:  # what is wrong with one is said before any is trained
         build_learner(method, options, env)
@@ -151,8 +148,8 @@ def run_methods(
             with run.evaluating(method, options.eval_tasks):
                 lr = tuned_lr(method, options, env, states) if method in TUNED else options.inner_lr
                 metrics = measure(method, options, env, states, lr, seed=TEST_SEED)
-            effort = run.effort(method, best=True)
-            trained[method] = Trained(states, effort, lr, *(np.asarray(metrics[name]) for name in METRICS))
+            measured = (np.asarray(metrics[name]) for name in METRICS)
+            trained[method] = Trained(states, run.effort(method, best=True), lr, *measured)
     fields = {"setting": setting, "protocol": protocol, "source": source, "tasks": options.eval_tasks}
     results = run.write(rows_of(trained, published, **fields))
     returns_only = {**results, "rows": [row for row in results["rows"] if row.metric == "return"]}
@@ -187,6 +184,10 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
         "chunk_size": runner.tasks_at_a_time(options),
     }
     if method == "promp":
+        if options.chunk_size and options.num_tasks % options.chunk_size:
+            raise ValueError(
+                f"promp needs a --chunk-size that divides --num-tasks, got {options.chunk_size}, {options.num_tasks}."
+            )
         how = {"outer_steps": options.promp_steps, "clip": options.promp_clip, "kl_weight": options.promp_kl_weight}
         return promp(collect, tx=optax.adam(options.meta_lr), **how, **shared)
     return maml_rl(
@@ -244,6 +245,8 @@ def tuned_lr(method: Method, options: Options, env: Environment, states: State) 
     """The step size of fine-tuning with the highest return on tasks of its own, over all steps and seeds."""
     measured = (measure(method, options, env, states, lr, seed=TUNING_SEED) for lr in options.tuning_lrs)
     returns = [np.asarray(metrics["return"])[..., 1:].mean() for metrics in measured]  # on the host, from all devices
+    if np.isnan(returns).all():
+        raise ValueError(f"none of --tuning-lrs, {options.tuning_lrs}, has finite returns. Give smaller ones.")
     return options.tuning_lrs[int(np.nanargmax(returns))]
 
 
@@ -263,16 +266,16 @@ def rows_of(
             rows += report.rows_over_steps(*mean_and_ci95(result.unstable), metric="share of unstable trajectories", **mine)
         if method in ADAPTING and {"pretrained", "oracle"} <= trained.keys():
             ours = normalised(result.returns, trained["pretrained"].returns, trained["oracle"].returns)
-            theirs = normalised_published(method, published)
-            beside = {"published": theirs, "source": source}
-            rows += report.rows_over_steps(*mean_and_ci95(ours), metric="normalised return", **beside, **mine)
+            beside = {"published": normalised_published(method, published), "source": source}
+            if np.isfinite(ours).all():
+                rows += report.rows_over_steps(*mean_and_ci95(ours), metric="normalised return", **beside, **mine)
     return rows
 
 
 def normalised(returns: np.ndarray, pretrained: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """(method - pretrained) / (oracle - pretrained) of mean returns after as many steps, for each seed: [seeds, 1, S + 1]."""
+    """(method - pretrained) / (oracle - pretrained) of means over tasks, [seeds, 1, S + 1]; NaN unless the oracle is better."""
     method, low, high = (values.mean(1, keepdims=True) for values in (returns, pretrained, oracle))
-    return (method - low) / (high - low)
+    return np.where(high > low, method - low, np.nan) / (high - low)
 
 
 def normalised_published(method: str, published: Mapping[str, Sequence[float]]) -> dict[int, float]:
@@ -288,11 +291,10 @@ def draw_training(directories: Mapping[Method, Path], path: Path) -> None:
     figure = new_figure(6, 4)
     axes = figure.subplots()
     for colour, (method, directory) in enumerate(directories.items()):
-        log = read_metrics(directory / "metrics.jsonl")
-        for name, style in (("return_before", ":"), ("return_after", "-")):
-            points = np.array([(line["update"], line[name]) for line in log]).reshape(-1, 2)
-            label = {"label": method} if name == "return_after" and len(log) else {}
-            axes.plot(*points.T, style, color=f"C{colour}", **label)
+        if log := read_metrics(directory / "metrics.jsonl"):
+            columns = [[line[name] for line in log] for name in ("update", "return_before", "return_after")]
+            axes.plot(columns[0], columns[1], ":", color=f"C{colour}")
+            axes.plot(columns[0], columns[2], color=f"C{colour}", label=method)
     axes.set(xlabel="meta-updates", ylabel="mean return in training", title="after adaptation; dotted: before")
     axes.grid(alpha=0.3)
     legend_below(figure, axes)

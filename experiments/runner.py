@@ -54,7 +54,7 @@ class Options:
     eval_tasks: int = 600
     """Test tasks for each number in the results."""
     max_minutes: float = float("inf")
-    """Minutes of training after which to stop, save and report what there is."""
+    """Minutes after which to stop, save and report what there is, counted from the start, for all methods together."""
     log_every: int = 500
     """Meta-updates between lines of metrics.jsonl; also those of one compiled call."""
     validate_every: int = 5_000

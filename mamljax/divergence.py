@@ -39,7 +39,7 @@ def _check_metrics(metrics: dict[str, np.ndarray], done: int, where: str) -> Non
             remedy = "Lower the inner or the outer step size, or clip the meta-gradient."
             if update == 1:
                 remedy = (
-                    "Look for values that are not finite in the data, and for labels that do not count from 0 or are more than "
-                    f"the outputs. {remedy}"
+                    "Look for values that are not finite in the data (or observations and rewards), and for labels that do not "
+                    f"count from 0 or are more than the outputs. {remedy}"
                 )
             raise DivergenceError(f"{name}{seeds} became {values[(*seed, offset)]} at meta-update {update}{where}. {remedy}")

@@ -1,5 +1,6 @@
 """The data of policy gradients: trajectories, with the advantages of their actions."""
 
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,8 +21,8 @@ class Batch(NamedTuple):
     trajectories: Trajectories
     advantages: Array  # [T, E] of mean 0 and standard deviation 1
     spread: Array  # [] their standard deviation before, in units of the return
-    returns: Array  # [E] undiscounted, of the first trajectory of each row; NaN where the policy's actions were not finite
-    mean_return: Array  # [] undiscounted, of all trajectories that ended
+    returns: Array  # [E] undiscounted, of the first trajectory of each row; NaN where it was unstable, or an action not finite
+    mean_return: Array  # [] undiscounted, of all trajectories that ended but the unstable ones; NaN if there is none
 
 
 class Collector(NamedTuple):
@@ -42,7 +43,8 @@ def collector(
 ) -> Collector:
     """Build what lets a policy act in a task and judges its actions.
 
-    Advantages are estimated by GAE with the linear baseline, fitted to the very same trajectories, and standardised.
+    Advantages are estimated by GAE with the linear baseline, fitted to the very same trajectories, and standardised. A batch
+    must have many more steps than the baseline has features, 2 o + 4, or little but noise is left of them.
 
     Args:
         policy: (params, observations [..., o]) -> mean [..., a] and log-std, [..., a] or [a], of its actions.
@@ -58,6 +60,9 @@ def collector(
 
     Raises:
         ValueError: a count below 1, a factor outside of [0, 1], an environment or a policy that does not keep its shapes.
+
+    Warns:
+        UserWarning: the baseline has as many features as a batch has steps.
     """
     check_counts(horizon=horizon, trajectories=trajectories)
     for name, factor in (("discount", discount), ("gae_lambda", gae_lambda)):
@@ -65,17 +70,27 @@ def collector(
             raise ValueError(f"{name} must lie in [0, 1], got {factor}.")
     check_environment(env)
     check_policy(policy, env)
+    num_features, num_steps = 2 * env.observation_size + 4, horizon * trajectories
+    if num_features >= num_steps:
+        warnings.warn(
+            f"the linear baseline fits {num_features} features to {num_steps} steps, so that advantages are nothing but noise. "
+            "Gather more trajectories, or longer ones.",
+            stacklevel=2,
+        )
 
     def collect(key: Array, params: PyTree, task: PyTree) -> Batch:
         data = rollout(key, params, task, model=policy, env=env, horizon=horizon, trajectories=trajectories)
         discounted = discounted_sums(data.rewards, data.ends, discount)
         values = linear_baseline(data.observations, data.time, discounted, data.mask)
         advantages = generalised_advantages(data.rewards, values, data.ends, discount=discount, gae_lambda=gae_lambda)
-        # A policy that is no longer finite ends all its trajectories at once, as an environment may that has nothing finite to
-        # give. That must not count as a return of 0.
-        acted = jnp.isfinite(data.actions).all(axis=(0, 2)) & (data.mask > 0).any()
-        returns = jnp.where(acted, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
-        mean_return = jnp.where(acted.all(), jnp.sum(data.rewards) / jnp.sum(data.ends), jnp.nan)
+        # What breaks the simulation, or a policy that is no longer finite, must not count as a short trajectory: where rewards
+        # are costs that would be the best of all.
+        acted = jnp.isfinite(data.actions).all(axis=(0, 2))
+        stable = acted & ~jnp.any(data.unstable * data.first, axis=0)
+        returns = jnp.where(stable, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
+        broken = discounted_sums(data.unstable, data.ends, 1.0)  # 1 in all steps of an unstable trajectory
+        total, number = jnp.sum(data.rewards * (1 - broken)), jnp.sum(data.ends - data.unstable)
+        mean_return = jnp.where(acted.all() & (number > 0), total / jnp.maximum(number, 1), jnp.nan)
         return Batch(data, *standardise(advantages, data.mask), returns, mean_return)
 
     return Collector(policy, collect)

@@ -24,7 +24,9 @@ class Environment(NamedTuple):
     """A Markov decision process as pure functions of single states; `vmap` makes batches of tasks and trajectories."""
 
     sample_task: Callable[[Array], PyTree]  # key -> task: a goal, a velocity, a direction
-    reset: Callable[[Array, PyTree], tuple[PyTree, Array]]  # (key, task) -> (state, observation [o])
+    # (key, task) -> (state, observation [o]). A batch draws E states, in which later trajectories begin again: a random key
+    # kept in one would repeat itself, so take that of `step`.
+    reset: Callable[[Array, PyTree], tuple[PyTree, Array]]
     step: Callable[[Array, PyTree, Array, PyTree], Step]  # (key, state, action [a], task) -> what comes of it
     observation_size: int
     action_size: int

@@ -59,7 +59,7 @@ def maml_rl(
             \pi_\theta(a_t | s_t) / \pi_{old}(a_t | s_t)$, whose gradient is the same where the policy is the one that acted:
             its derivative counts that another policy takes these actions more or less often, though with their advantages as
             constants (the low-variance curvature of Rothfuss et al. 2019, arXiv 1810.06784). In first order the meta-gradient
-            is the same with either.
+            is the same with either, though TRPO's line search still adapts by the one that is chosen.
         multi_step_loss: whether the policy is judged after every one of the S steps, as Antoniou et al. 2019 (MAML++) do in
             classification, and not after the last alone. What is maximised is then the sum of the returns: each step's
             advantages, standardised for themselves, count by the standard deviation that they had.
@@ -72,9 +72,10 @@ def maml_rl(
     Returns:
         A meta-learner over the tasks of an environment. `update` reports the mean undiscounted `return_before` and
         `return_after` adaptation, `surrogate` (after the update; 0 before it, the lower the better), `kl` (in nats, made by
-        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives the mean `return` (of all
-        trajectories, the authors' measure; where they end early, more of them are short), `return_of_first`, of the first
-        trajectory of each row, and `unstable`; [eval_steps + 1], each on fresh trajectories.
+        the update), `grad_norm`, and the share of `unstable` trajectories. `evaluate` gives the mean `return`,
+        `return_of_first`, of the first trajectory of each row, and `unstable`; [eval_steps + 1], each on fresh trajectories.
+        Returns are of all trajectories, the authors' measure (where they end early, more of them are short), but for unstable
+        ones: a task with no others has NaN, and does not count in training.
 
     Raises:
         ValueError: a negative count, a step size that is not positive and finite, a rule without finite meta-gradients, an
@@ -115,7 +116,7 @@ def maml_rl(
     def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
         batches = collect_and_adapt(collector, rule, eval_steps, key, state.params, task)
         unstable = jax.vmap(_unstable)(batches)
-        return {"return": batches.mean_return, "return_of_first": batches.returns.mean(1), "unstable": unstable}
+        return {"return": batches.mean_return, "return_of_first": jnp.nanmean(batches.returns, axis=1), "unstable": unstable}
 
     return MetaLearner(init, update, evaluate)
 
@@ -132,10 +133,10 @@ def _outer_arguments(policies_of: Callable[[PyTree], Gaussian], judges: Batch, p
     """
 
     def loss_of(policies: Gaussian) -> Array:
-        return jax.vmap(surrogate_loss)(judges, policies).mean()
+        return jax.vmap(jax.vmap(surrogate_loss))(judges, policies).mean()
 
     def kl_of(policies: Gaussian) -> Array:
-        return jax.vmap(divergence)(judges, policies).mean()
+        return jax.vmap(jax.vmap(divergence))(judges, policies).mean()
 
     def value_and_kl_fn(params: PyTree) -> tuple[Array, Array]:
         policies = policies_of(params)
@@ -273,5 +274,6 @@ def _unstable(batches: Batch) -> Array:
 
 def summary(batches: Batch) -> Metrics:
     """Mean returns before and after adaptation, and the share of unstable trajectories, over a meta-batch [B, S + 1, ...]."""
-    before, after = batches.returns[:, 0].mean(), batches.returns[:, -1].mean()
+    # Of tasks that have a return: a training does not end because every trajectory of one of them was unstable.
+    before, after = jnp.nanmean(batches.mean_return[:, 0]), jnp.nanmean(batches.mean_return[:, -1])
     return {"return_before": before, "return_after": after, "unstable": _unstable(batches)}

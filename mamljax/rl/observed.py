@@ -10,7 +10,7 @@ from mamljax.types import PyTree
 
 
 def with_task_observed(env: Environment) -> Environment:
-    """Append the numbers of the task to every observation, [o] -> [o + numbers of the task].
+    """Append the numbers of the task to every observation, [o] -> [o + numbers of the task], of the dtype that holds both.
 
     >>> from mamljax.rl.navigation import navigation
     >>> with_task_observed(navigation()).observation_size
@@ -18,7 +18,7 @@ def with_task_observed(env: Environment) -> Environment:
     """
 
     def observe(observation: Array, task: PyTree) -> Array:
-        return jnp.concatenate([observation, ravel_pytree(task)[0].astype(observation.dtype)])
+        return jnp.concatenate([observation, ravel_pytree(task)[0]])
 
     def reset(key: Array, task: PyTree) -> tuple[PyTree, Array]:
         state, observation = env.reset(key, task)

@@ -85,7 +85,8 @@ def promp(
     policy = collector.policy
     rule = rule_for(policy, rule, differentiable=True)
     plain = maml_rl(collector, rule=rule, inner_steps=inner_steps, eval_steps=eval_steps, tx=tx)
-    if isinstance(jax.eval_shape(plain.init, jax.random.key(0)).opt, TrustRegionState):
+    is_trpo = lambda node: isinstance(node, TrustRegionState)  # noqa: E731
+    if any(map(is_trpo, jax.tree.leaves(jax.eval_shape(plain.init, jax.random.key(0)).opt, is_leaf=is_trpo))):
         raise ValueError("tx must take small steps on the loss, such as optax.adam(1e-3); with trpo(...) use maml_rl.")
     collect_one = partial(collect_and_adapt, collector, rule, inner_steps)
     judged_from = 1 if multi_step_loss else inner_steps

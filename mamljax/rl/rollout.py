@@ -38,11 +38,11 @@ def rollout(
 ) -> Trajectories:
     """Let a policy act in E copies of one task, for T steps each.
 
-    A trajectory ends after T steps, with the step that the environment calls `done`, or before a step whose state, observation
-    or reward is not finite. Where it ends early the next one begins, in one of the E first states, so that there are about as
-    many steps to learn from as in the authors' code, whatever the policy. Those of a trajectory that is under way at the end
-    are masked, as theirs are left out. This favours short trajectories; `first` marks each row's first one, which is free of
-    that bias.
+    A trajectory ends after T steps, with the step that the environment calls `done`, or, as `unstable`, before a step whose
+    state, observation or reward is not finite. Where it ends early the next one begins, in one of the E first states, so that
+    there are about as many steps to learn from as in the authors' code, whatever the policy. Those of a trajectory that is
+    under way at the end are masked, as theirs are left out. This favours short trajectories; `first` marks each row's first
+    one, which is free of that bias.
 
     Args:
         key: a JAX random key.
@@ -55,17 +55,17 @@ def rollout(
     """
 
     def step(carry: tuple, noise_and_keys: tuple) -> tuple[tuple, Trajectories]:
-        state, observation, time, count = carry
+        state, observation, seen_well, time, count = carry
         noise, keys = noise_and_keys
         mean, log_std = model.apply(params, observation)
         policy = Gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
         action = gaussian.from_noise(noise, policy)
         outcome = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, action, task)
-        taken = _finite((outcome.state, outcome.observation, outcome.reward))
+        taken = seen_well & _finite((outcome.state, outcome.observation, outcome.reward))
         ends = outcome.done | ~taken | (time + 1 == horizon)
         count += ends
         another = jax.tree.map(lambda leaf: leaf[(jnp.arange(trajectories) + count) % trajectories], first)
-        following = _where(ends, another, (outcome.state, outcome.observation))
+        following = _where(ends, another, (outcome.state, outcome.observation, taken))
         reward = jnp.where(taken, outcome.reward, 0).astype(mean.dtype)
         seen = Trajectories(observation, action, reward, taken, ends, time, policy, ~taken)
         return (*following, jnp.where(ends, 0, time + 1), count), seen
@@ -74,7 +74,8 @@ def rollout(
     noise = jax.random.normal(noise_key, (horizon, trajectories, env.action_size))
     keys = jax.random.split(step_key, (horizon, trajectories))
     state, observation = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(reset_key, trajectories), task)
-    first = state, jnp.where(jnp.isfinite(observation), observation, 0)  # of an unstable state, whose first step is masked
+    finite = jnp.isfinite(observation)
+    first = state, jnp.where(finite, observation, 0), finite.all(axis=1)  # where it is not, the first step is masked
     nothing = jnp.zeros(trajectories, int)
     seen = lax.scan(step, (*first, nothing, nothing), (noise, keys))[1]
     mask = seen.mask & lax.cummax(seen.ends.astype(int), axis=0, reverse=True).astype(bool)

@@ -142,10 +142,60 @@ def test_where_a_trajectory_ends_the_next_one_begins(case):
     np.testing.assert_array_equal(data.unstable, unstable)
     np.testing.assert_array_equal(data.rewards, mask * (observations + 1))
     first = np.cumsum(ends, axis=0) - ends == 0
-    np.testing.assert_array_equal(batch.returns, (first * mask * (observations + 1)).sum(0))
-    np.testing.assert_allclose(batch.mean_return, (mask * (observations + 1)).sum() / ends.sum(), rtol=1e-6)
+    of_first = np.where((first * unstable).any(0), np.nan, (first * mask * (observations + 1)).sum(0))
+    np.testing.assert_array_equal(batch.returns, of_first)
+    np.testing.assert_allclose(batch.mean_return, mean_of_stable(mask * (observations + 1), ends, unstable), rtol=1e-6)
     assert (batch.advantages * (1 - data.mask) == 0).all()
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(batch))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((data, batch.advantages, batch.spread)))
+
+
+def mean_of_stable(rewards, ends, unstable):
+    """The mean return of the trajectories that ended but not as unstable ones, one after the other."""
+    returns = []
+    for row in range(TRAJECTORIES):
+        total = 0.0
+        for reward, last, broken in zip(rewards[:, row], ends[:, row], unstable[:, row], strict=True):
+            total += reward
+            if last:
+                returns += [] if broken else [total]
+                total = 0.0
+    return np.mean(returns) if returns else np.nan
+
+
+def test_to_break_the_simulation_is_not_a_short_trajectory():
+    """Rewards are costs; half of the rows break at once. The others have the return of a whole trajectory."""
+
+    def reset(key, task):
+        broken = jax.random.bernoulli(key)
+        return broken, jnp.zeros(1)
+
+    def step(key, broken, action, task):
+        return Step(broken, jnp.zeros(1), jnp.where(broken, jnp.nan, -1.0), jnp.array(False))
+
+    env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=1, action_size=2)
+    batch = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=20).collect(KEY, jnp.ones(1), jnp.int32(0))
+    assert 0 < batch.trajectories.unstable[0].sum() < 20
+    assert batch.mean_return == -HORIZON
+    np.testing.assert_array_equal(batch.returns, jnp.where(batch.trajectories.unstable[0] > 0, jnp.nan, -HORIZON))
+
+
+def test_an_observation_of_reset_that_is_not_finite_is_unstable():
+    def reset(key, task):
+        return jnp.zeros(2), jnp.array([jnp.nan, 1.0])
+
+    def step(key, state, action, task):
+        return Step(state, state, jnp.float32(1), jnp.array(False))
+
+    env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=2, action_size=2)
+    batch = collector(constant_policy(1.0), env, horizon=3, trajectories=4).collect(KEY, jnp.ones(1), jnp.int32(0))
+    assert (batch.trajectories.unstable == 1).all()
+    assert (batch.trajectories.mask == 0).all()
+    assert jnp.isnan(batch.mean_return)
+
+
+def test_a_baseline_of_as_many_features_as_steps_is_warned_of():
+    with pytest.warns(UserWarning, match="the linear baseline fits 8 features to 8 steps"):
+        collector(gaussian_policy(2, 2), navigation(), horizon=4, trajectories=2)
 
 
 def test_a_policy_that_is_not_finite_has_no_return():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mamljax.rl.environment import Environment, Step
 from mamljax.rl.navigation import navigation
 from mamljax.rl.observed import with_task_observed
 
@@ -54,6 +55,20 @@ def test_the_oracle_sees_the_goal():
     np.testing.assert_allclose(observation, [0.0, 0.0, *GOAL], rtol=1e-6)
     np.testing.assert_allclose(step.observation, [0.1, 0.05, *GOAL], rtol=1e-6)
     np.testing.assert_allclose(step.state, [0.1, 0.05], rtol=1e-6)
+
+
+def test_the_oracle_of_whole_numbers_sees_fractions_of_the_task():
+    """An environment of cells has integers for observations; its task may still be a fraction."""
+
+    def reset(key, task):
+        return jnp.int32(0), jnp.zeros(1, jnp.int32)
+
+    def step(key, state, action, task):
+        return Step(state, jnp.ones(1, jnp.int32), jnp.float32(0), jnp.array(False))
+
+    env = with_task_observed(Environment(jax.random.uniform, reset, step, observation_size=1, action_size=1))
+    np.testing.assert_allclose(env.reset(GOAL, jnp.float32(-0.9))[1], [0, -0.9])
+    np.testing.assert_allclose(env.step(GOAL, jnp.int32(0), jnp.zeros(1), jnp.float32(0.3)).observation, [1, 0.3])
 
 
 def test_an_unknown_reward():

@@ -10,10 +10,11 @@ import numpy as np
 import optax
 import pytest
 from battery import KEY
-from trivial_rl import COLLECTOR, MODEL, tasks_from
+from trivial_rl import COLLECTOR, MODEL, target_env, tasks_from
 
 from mamljax import gaussian
 from mamljax.gaussian import Gaussian
+from mamljax.rl.collect import collector
 from mamljax.rl.maml_rl import (
     action_distribution,
     collect_and_adapt,
@@ -26,14 +27,16 @@ from mamljax.rl.promp import clipped_loss, promp
 from mamljax.rl.trpo import trpo
 
 SETTINGS = {"rule": 0.3, "inner_steps": 1, "eval_steps": 2}
+ENDING_EARLY = collector(MODEL, target_env(done=lambda action: action[0] > 0.5), horizon=5, trajectories=10)
 
 
+@pytest.mark.parametrize("gather", [COLLECTOR, ENDING_EARLY], ids=["whole", "ending early"])
 @pytest.mark.parametrize(("inner_steps", "multi_step_loss"), [(1, False), (2, False), (2, True)])
-def test_the_first_step_is_that_of_maml_on_likelihood_ratios(inner_steps, multi_step_loss):
+def test_the_first_step_is_that_of_maml_on_likelihood_ratios(inner_steps, multi_step_loss, gather):
     """Nothing is clipped yet, and the divergence is at its minimum; with two steps of adaptation in training, too."""
     settings = SETTINGS | {"inner_steps": inner_steps, "multi_step_loss": multi_step_loss, "tx": optax.sgd(0.1)}
-    start = maml_rl(COLLECTOR, inner_objective="likelihood_ratio", **settings)
-    one = promp(COLLECTOR, outer_steps=1, kl_weight=10.0, **settings)
+    start = maml_rl(gather, inner_objective="likelihood_ratio", **settings)
+    one = promp(gather, outer_steps=1, kl_weight=10.0, **settings)
     (expected, theirs), (found, ours) = (
         jax.jit(learner.update)(KEY, learner.init(KEY), tasks_from(0)) for learner in (start, one)
     )
@@ -42,6 +45,12 @@ def test_the_first_step_is_that_of_maml_on_likelihood_ratios(inner_steps, multi_
     for name in theirs:
         close(ours[name], theirs[name])
     assert not battery.equal(found.params, start.init(KEY).params)
+
+
+def test_trpo_is_refused_in_a_chain_too():
+    chain = optax.chain(optax.clip_by_global_norm(1.0), trpo(0.01))
+    with pytest.raises(ValueError, match=r"tx must take small steps on the loss, such as optax.adam\(1e-3\)"):
+        promp(COLLECTOR, tx=chain, **SETTINGS)
 
 
 def test_two_steps_on_what_two_steps_of_adaptation_gathered():
