@@ -37,10 +37,10 @@ DRAWN_STEPS = {0: "0.7", 1: "C0", 3: "C2"}  # and their colours
 class Options(reinforcement.Options):
     """2D navigation."""
 
-    preset: Literal["multi_step", "paper", "quick"] = "paper"
-    """Values for all options below and above: those found best here, three adaptation steps in training and a policy that is
-    judged after each (multi_step); as in the code of the paper's authors (paper, section 5.3), with one step in training; or
-    for a first look in about a minute (quick)."""
+    preset: Literal["promp", "paper", "multi_step", "quick"] = "paper"
+    """Values for all options below and above: those found best here, MAML by proximal steps (promp); as in the code of the
+    paper's authors (paper, section 5.3); with three adaptation steps in training and a policy that is judged after each
+    (multi_step); or for a first look in about a minute (quick)."""
     protocol: Literal["paper", "corrected"] = "paper"
     """The reward of a step: minus the distance to the goal, as in the authors' code, which made the published numbers (paper),
     or minus its square, as the paper's text has it (corrected)."""
@@ -54,16 +54,23 @@ class Options(reinforcement.Options):
     """Trajectories before and after each adaptation step at test; 40 in the authors' code, whose text has 20."""
 
 
+PROMP = Options(
+    preset="promp",
+    method=("promp", "pretrained", "random", "oracle"),
+    steps=200,
+    gae_lambda=0.95,
+    out=Path("out/navigation"),
+)
 MULTI_STEP = Options(
     preset="multi_step",
     method=("maml", "pretrained", "random", "oracle"),
     steps=60,
     inner_steps=3,
     multi_step_loss=True,
-    out=Path("out/navigation"),
+    out=Path("out/navigation_multi_step"),
 )
 QUICK = Options(preset="quick", steps=15, method=("maml", "pretrained", "random"), out=Path("out/navigation_quick"))
-PRESETS = {"multi_step": MULTI_STEP, "paper": Options(), "quick": QUICK}
+PRESETS = {options.preset: options for options in (PROMP, Options(), MULTI_STEP, QUICK)}
 
 
 def execute(options: Options, run: runner.Run) -> None:

@@ -140,6 +140,7 @@ def test_every_method_can_be_built(method):
 def test_options_of_promp_reach_it(monkeypatch):
     monkeypatch.setattr(reinforcement, "promp", lambda collect, **settings: settings)
     flags = ["--promp-steps", "7", "--promp-clip", "0.1", "--promp-kl-weight", "0", "--inner-steps", "2", "--meta-lr", "0.5"]
+    flags += ["--multi-step-loss"]
     monkeypatch.setattr(reinforcement.optax, "adam", lambda step_size: step_size)
     options = runner.parse(navigation.PRESETS, ARGUMENTS + flags)
     settings = reinforcement.build_learner("promp", options, navigation.navigation())
@@ -244,7 +245,9 @@ def test_the_learner_gets_the_inner_objective(monkeypatch):
 
 def test_presets_and_help(capsys):
     default = runner.parse(navigation.PRESETS, [])
-    assert (default.inner_steps, default.multi_step_loss, default.protocol) == (3, True, "paper")
+    assert (default.method[0], default.inner_steps, default.gae_lambda, default.protocol) == ("promp", 1, 0.95, "paper")
+    multi_step = runner.parse(navigation.PRESETS, ["--preset", "multi_step"])
+    assert (multi_step.method[0], multi_step.inner_steps, multi_step.multi_step_loss) == ("maml", 3, True)
     paper = runner.parse(navigation.PRESETS, ["--preset", "paper"])
     settings = (
         paper.inner_steps,
