@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -22,6 +23,22 @@ def test_code_blocks_run_in_order(capsys):
     assert abs(names["model"].apply(names["adapted"], np.full((1, 1), 0.8)).item() - 1.2) < 0.3  # the line of the new task
 
 
+def test_the_code_for_images_of_your_own_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    noise = np.random.default_rng(0)
+    for number in range(12):
+        folder = tmp_path / "mine" / f"class{number}"
+        folder.mkdir(parents=True)
+        for image in range(4 + number % 2):
+            Image.fromarray(noise.integers(0, 256, (9, 9, 3), np.uint8)).save(folder / f"{image}.png")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "few_shot.md").read_text(), flags=re.DOTALL)
+    names = {}
+    exec(compile(block, "few_shot.md", "exec"), names)
+    assert names["result"].num_updates == 10
+    assert names["sample"]["test"](names["jax"].random.key(0)).query.x.shape == (6, 28, 28, 3)
+
+
 def test_the_first_example_is_about_thirty_lines():
     first = re.search(r"```python\n(.*?)```", README, flags=re.DOTALL).group(1)
     assert len([line for line in first.splitlines() if line.strip()]) <= 32
@@ -38,4 +55,4 @@ def test_the_commands_are_those_of_ci():
 
 
 def test_no_placeholder_is_left():
-    assert not re.search(r"\b[A-Z]{8,}\b", re.sub(r"```.*?```", "", README, flags=re.DOTALL))
+    assert not re.search(r"\b[A-Z]{8,}\b", re.sub(r"```.*?```|\]\(.*?\)", "", README, flags=re.DOTALL))

@@ -66,6 +66,7 @@ def test_the_summary_is_of_the_first_metric_of_each_experiment(tmp_path, monkeyp
         tables.refreshed(text, tmp_path)
 
 
+@pytest.mark.parametrize("page", [*tables.PAGES, *(tables.ROOT / name for name in ("docs/few_shot.md", "CONTRIBUTING.md"))])
 def test_links_lead_to_files_and_headings(page):
     for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
         if not target.startswith("https://"):
