@@ -56,8 +56,8 @@ ENTRIES = (
     Entry("Half-cheetah, goal velocity, ProMP: return", "half_cheetah_velocity", 3, "promp"),
     Entry("Half-cheetah, goal direction: return", "half_cheetah_direction", 3),
     Entry("Half-cheetah, goal direction, ProMP: return", "half_cheetah_direction", 3, "promp"),
-    Entry("Ant, goal velocity, ProMP: return", "ant_velocity_promp", 3, "promp"),
-    Entry("Ant, goal direction, ProMP: return", "ant_direction_promp", 3, "promp"),
+    Entry("Ant, goal velocity, ProMP (101.41 is published of MAML): return", "ant_velocity_promp", 3, "promp"),
+    Entry("Ant, goal direction, ProMP (499.11 is published of MAML): return", "ant_direction_promp", 3, "promp"),
 )
 
 

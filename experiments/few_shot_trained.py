@@ -46,7 +46,6 @@ def read_options(directory: Path) -> Options:
         config = read_config(directory)
         if config.pop("experiment") != "few_shot":
             raise ValueError("it is of another experiment")
-        config = {"begin_with": config.pop("features", None), **config}  # what earlier versions call it
         return Options(**config | {"precision": "float32"})  # it may go on in any other
     except (ValueError, KeyError, TypeError) as error:
         hint = (
