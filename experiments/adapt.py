@@ -69,9 +69,10 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     lr = run.inner_lr if options.inner_lr is None else options.inner_lr
     folders = sorted(path for path in listed(options.support) if path.is_dir())
     if len(folders) != run.ways:
+        alternative = f", or train with --ways {len(folders)}." if len(folders) > 1 else "."
         raise DataError(
             f"{options.support} holds {len(folders)} class folders, but the network of {options.checkpoint} tells {run.ways} "
-            f"classes apart. Give {run.ways}" + f", or train with --ways {len(folders)}." * (len(folders) > 1)
+            f"classes apart. Give {run.ways}{alternative}"
         )
     files = [images_in(folder) for folder in folders]
     if run.statistics == "inductive" and any(len(of_class) != run.shots for of_class in files):

@@ -64,10 +64,11 @@ def execute(options: Options, run: runner.Run) -> None:
         with run.evaluating(method, eval_tasks(options)):
             lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
             learner = build_learner(method, options, data.num_classes, eval_steps=options.eval_steps, rule=lr)
-            sizes = {"num_tasks": eval_tasks(options), "batch_size": runner.tasks_at_a_time(options, at_least=40)}
+            sizes = {"num_tasks": eval_tasks(options), "chunk_size": runner.tasks_at_a_time(options, at_least=40)}
             scores = accuracies(learner, states, data.test, seed=TEST_SEED, **sizes)
         mean, ci95 = mean_and_ci95(100 * scores)
-        origin = [] if begun_with is None else [f"from {begun_with}"]
+        notes = [] if begun_with is None else [f"from {begun_with}"]
+        notes += [f"step size {lr:g}"] if method in TUNED else []
         published_step = PUBLISHED_STEPS.get(method, options.test_steps) if len(mean) > 1 else 0
         published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
         rows += report.rows_over_steps(
@@ -75,12 +76,12 @@ def execute(options: Options, run: runner.Run) -> None:
             ci95,
             method=method,
             setting=cell(options),
-            protocol=options.protocol + ", inductive" * (options.statistics == "inductive"),
+            protocol=f"{options.protocol}, inductive" if options.statistics == "inductive" else options.protocol,
             metric="accuracy in %",
             tasks=eval_tasks(options),
             published={} if published is None else {published_step: published},
             source=SOURCES.get(method, SOURCE),
-            note=", ".join(origin + [f"step size {lr:g}"] * (method in TUNED)),
+            note=", ".join(notes),
             **run.effort(method, best=True) | {"meta_updates": num_updates},
         )
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
@@ -108,7 +109,7 @@ def train(method: Method, options: Options, data: Data, run: runner.Run, begun_w
 
     def validation_error(sample: SampleFn, state: State) -> Array:
         key = jax.random.key(VALIDATION_SEED)
-        sizes = {"num_tasks": options.validation_tasks, "batch_size": runner.tasks_at_a_time(options, at_least=40)}
+        sizes = {"num_tasks": options.validation_tasks, "chunk_size": runner.tasks_at_a_time(options, at_least=40)}
         scores = evaluate(learner, state, sample, key=key, **sizes)
         return 1 - scores["accuracy"][:, -1].mean()
 
@@ -117,13 +118,13 @@ def train(method: Method, options: Options, data: Data, run: runner.Run, begun_w
     return result.best, result.num_updates
 
 
-def accuracies(learner: MetaLearner, states: State, sample: SampleFn, *, num_tasks: int, batch_size: int, seed: int) -> Array:
+def accuracies(learner: MetaLearner, states: State, sample: SampleFn, *, num_tasks: int, chunk_size: int, seed: int) -> Array:
     """Accuracy of states [seeds] on the query sets, before and after each step: [seeds, num_tasks, S + 1]."""
     scores = []
     for number in range(len(jax.tree.leaves(states)[0])):
         state = jax.tree.map(lambda leaf, number=number: leaf[number], states)
         key = jax.random.key(seed)
-        scores.append(evaluate(learner, state, sample, key=key, num_tasks=num_tasks, batch_size=batch_size)["accuracy"])
+        scores.append(evaluate(learner, state, sample, key=key, num_tasks=num_tasks, chunk_size=chunk_size)["accuracy"])
     return jnp.stack(scores)
 
 
@@ -133,7 +134,7 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
     @jax.jit
     def score(lr: Array, states: State, sample: SampleFn) -> Array:
         learner = build_learner(method, options, data.num_classes, eval_steps=options.test_steps, rule=optax.sgd(lr))
-        sizes = {"num_tasks": options.validation_tasks, "batch_size": runner.tasks_at_a_time(options, at_least=40)}
+        sizes = {"num_tasks": options.validation_tasks, "chunk_size": runner.tasks_at_a_time(options, at_least=40)}
         scores = accuracies(learner, states, sample, seed=VALIDATION_SEED, **sizes)
         return scores[..., -1].mean()
 

@@ -73,7 +73,7 @@ def read_trained(directory: Path, num_classes: int) -> Trained:
     own = {"dataset": options.dataset, "split": options.split, "classes": classes}
     sizes = {"eval_steps": options.test_steps, "rule": options.inner_lr}
     learner = build_learner(method, options, len(classes) or num_classes, **sizes)
-    sources = config.get("begun_with", []) + [own] * (num_updates > 0)
+    sources = config.get("begun_with", []) + ([own] if num_updates > 0 else [])
     return Trained(method, options, read_best(learner, directory), num_updates, best_update(directory), sources)
 
 
@@ -105,7 +105,8 @@ def check_begin_with(trained: Trained, options: Options, parts: Mapping[str, Seq
         seen = sorted(_comparable(source["classes"], parts) & _comparable([*parts["val"], *parts["test"]], parts))
         other_split = source["dataset"] == options.dataset == "omniglot" and source["split"] != options.split
         if seen or other_split:
-            which = ", ".join(seen[:5]) + ", ..." * (len(seen) > 5) if seen else f"those of --split {source['split']}"
+            some = ", ".join(seen[:5]) + (", ..." if len(seen) > 5 else "")
+            which = some if seen else f"those of --split {source['split']}"
             raise CheckpointError(
                 f"--begin-with has learned from classes that are for validation or test here ({trained}): {which}. "
                 "Give a run with the same classes for training. If they only have the same names, rename the folders."

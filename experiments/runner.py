@@ -31,7 +31,7 @@ from mamljax.checks import check_count
 from mamljax.data.bank import DataError
 from mamljax.devices import is_first_host, on, task_mesh
 from mamljax.divergence import DivergenceError
-from mamljax.files import write_atomically
+from mamljax.files import user_cache, write_atomically
 from mamljax.record import best_update
 from mamljax.train import Result, fit
 from mamljax.types import MetaLearner
@@ -212,8 +212,7 @@ def main(
     """
     options = parse(presets, sys.argv[1:] if argv is None else argv)
     if not jax.config.jax_compilation_cache_dir:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "mamljax"))
+        jax.config.update("jax_compilation_cache_dir", str(user_cache() / "mamljax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # many small programs take long as well
     jax.config.update("jax_default_matmul_precision", "float32")  # not what accelerators take for it by default
@@ -294,9 +293,8 @@ def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
 
 def parse(presets: Mapping[str, AnyOptions], argv: Sequence[str]) -> AnyOptions:
     """Read options from a command line, on top of those of its `--preset`; exits with code 2 if it is malformed."""
-    first = next(iter(presets))
     beforehand = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    beforehand.add_argument("--preset", nargs="?", default=first)
+    beforehand.add_argument("--preset", nargs="?")
     preset = beforehand.parse_known_args(argv)[0].preset
-    default = presets.get(preset, presets[first])  # of any other, tyro says what is wrong
+    default = presets.get(preset) or next(iter(presets.values()))  # of an unknown one, tyro says what is wrong
     return tyro.cli(type(default), default=default, args=argv)

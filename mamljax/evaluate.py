@@ -21,7 +21,7 @@ def evaluate(
     *,
     key: Array,
     num_tasks: int,
-    batch_size: int | None = None,
+    chunk_size: int | None = None,
 ) -> Metrics:
     """Evaluate one state on tasks drawn from `key`; the same key gives the same tasks.
 
@@ -34,7 +34,7 @@ def evaluate(
         sample: key -> task; a `jax.tree_util.Partial` if it carries arrays.
         key: a JAX random key.
         num_tasks: how many tasks; 600 in the paper.
-        batch_size: tasks computed at a time, by each device, where memory is short; by default all of them.
+        chunk_size: tasks computed at a time, by each device, where memory is short; by default all of them.
 
     Returns:
         Each metric as [num_tasks, S + 1], before and after each adaptation step. See `mean_and_ci95`.
@@ -45,25 +45,25 @@ def evaluate(
     if not isinstance(state, State):
         raise ValueError(f"state must be a State, such as the result of fit has, got {type(state).__name__}.")
     check_count("num_tasks", num_tasks)
-    batch_size = num_tasks if batch_size is None else batch_size
-    check_count("batch_size", batch_size)
+    chunk_size = num_tasks if chunk_size is None else chunk_size
+    check_count("chunk_size", chunk_size)
 
-    return _compile(learner, num_tasks, min(batch_size, num_tasks))(state, key, as_partial(sample))
+    return _compile(learner, num_tasks, min(chunk_size, num_tasks))(state, key, as_partial(sample))
 
 
 @functools.lru_cache(maxsize=32)  # not a static argument of `jit`, which would keep every learner there ever was
-def _compile(learner: MetaLearner, num_tasks: int, batch_size: int) -> Callable[[State, Array, SampleFn], Metrics]:
-    return jax.jit(functools.partial(_evaluate, learner, num_tasks, batch_size))
+def _compile(learner: MetaLearner, num_tasks: int, chunk_size: int) -> Callable[[State, Array, SampleFn], Metrics]:
+    return jax.jit(functools.partial(_evaluate, learner, num_tasks, chunk_size))
 
 
-def _evaluate(learner: MetaLearner, num_tasks: int, batch_size: int, state: State, key: Array, sample: SampleFn) -> Metrics:
+def _evaluate(learner: MetaLearner, num_tasks: int, chunk_size: int, state: State, key: Array, sample: SampleFn) -> Metrics:
     def one_task(state: State, sample: SampleFn, key: Array) -> Metrics:
         sample_key, evaluate_key = jax.random.split(key)
         return learner.evaluate(evaluate_key, state, sample(sample_key))
 
     def share(common: tuple[State, SampleFn], keys: Array) -> Metrics:
         # One alone, not a batch of one, whose products take longer.
-        return lax.map(functools.partial(one_task, *common), keys, batch_size=None if batch_size == 1 else batch_size)
+        return lax.map(functools.partial(one_task, *common), keys, batch_size=None if chunk_size == 1 else chunk_size)
 
     warn_of_constant_tasks(sample, key)
     keys = jax.random.split(key, num_tasks)

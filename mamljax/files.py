@@ -4,6 +4,11 @@ import os
 from pathlib import Path
 
 
+def user_cache() -> Path:
+    """Where programs of a user keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a kill, finds the old content or the new but nothing in between.
 
@@ -11,7 +16,7 @@ def write_atomically(path: Path, text: str) -> None:
     """
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w") as file:
+        with draft.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -115,7 +115,7 @@ def read_results(path: Path) -> dict[str, Any]:
         ResultsError: there is none, it is not JSON, or of another schema.
     """
     try:
-        results = json.loads(Path(path).read_text())
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ResultsError(f"cannot read {path}: {error.strerror}. Run the experiment first.") from error
     except ValueError as error:

@@ -53,9 +53,9 @@ def test_a_sampler_that_ignores_its_key_is_warned_of():
         evaluate(LEARNER, State(jnp.float32(2.0), ()), lambda key: np.random.default_rng(0).normal(), key=KEY, num_tasks=4)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 10, 50])
-def test_batches_change_nothing(batch_size):
-    np.testing.assert_allclose(values_of(batch_size=batch_size), values_of(), rtol=1e-6)
+@pytest.mark.parametrize("chunk_size", [1, 3, 10, 50])
+def test_chunks_change_nothing(chunk_size):
+    np.testing.assert_allclose(values_of(chunk_size=chunk_size), values_of(), rtol=1e-6)
 
 
 def test_several_states_at_once():
@@ -65,7 +65,7 @@ def test_several_states_at_once():
     np.testing.assert_allclose(many[1], values_of(5, params=3.0), rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [{"num_tasks": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize("bad", [{"num_tasks": 0}, {"chunk_size": 0}])
 def test_counts_are_positive(bad):
     with pytest.raises(ValueError, match=f"{next(iter(bad))} must be a whole number of at least 1, got 0"):
         values_of(**bad)

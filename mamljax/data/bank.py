@@ -16,7 +16,7 @@ import numpy as np
 from numpy.lib import format as npy
 from tqdm import tqdm
 
-from mamljax.files import write_atomically
+from mamljax.files import user_cache, write_atomically
 
 FORMAT = 1  # of a bank's files; one of another format is made again
 
@@ -52,8 +52,7 @@ class DataError(Exception):
 
 def default_cache_dir() -> Path:
     """The directory of all banks: `$MAMLJAX_CACHE_DIR`, or else `mamljax/banks` in the user's cache directory."""
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("MAMLJAX_CACHE_DIR") or user_cache / "mamljax" / "banks")
+    return Path(os.environ.get("MAMLJAX_CACHE_DIR") or user_cache() / "mamljax" / "banks")
 
 
 def prepared_bank(name: str, source: Callable[[], Source], cache_dir: str | Path | None = None) -> Bank:
