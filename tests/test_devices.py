@@ -122,7 +122,7 @@ def test_episodes_from_the_host():
 @pytest.mark.parametrize("num_tasks", [8, 7, 1])
 def test_evaluation_on_devices(num_tasks):
     state = LEARNER.init(KEY)
-    arguments = {"key": KEY, "num_tasks": num_tasks, "batch_size": 2}
+    arguments = {"key": KEY, "num_tasks": num_tasks, "chunk_size": 2}
     with on(task_mesh(4)):
         shared = evaluate(LEARNER, state, SAMPLE, **arguments)
     alone = evaluate(LEARNER, state, SAMPLE, **arguments)
