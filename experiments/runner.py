@@ -184,7 +184,8 @@ def _check_ranges(options: Options) -> None:
             if item == 0 and name in options.may_be_zero:
                 continue
             if isinstance(item, float) and not (item > 0 and (math.isfinite(item) or name == "max_minutes")):
-                raise ValueError(f"{flag} must be positive and finite, got {item}.")
+                least = "at least 0" if name in options.may_be_zero else "positive"
+                raise ValueError(f"{flag} must be {least} and finite, got {item}.")
             if isinstance(item, int) and not isinstance(item, bool):
                 check_count(flag, item, minimum=int(name not in options.may_be_zero))
         if name == "seed" and value + options.seeds > 2**32:

@@ -157,13 +157,15 @@ def claim_directory(
     config = {name: _json_value(name, value) for name, value in config.items()}
     if not path.exists():
         _write_config(path, config)
-    found = {**defaults, **{name: value for name, value in read_config(directory).items() if name not in free}}
+    saved = {name: value for name, value in read_config(directory).items() if name not in free}
+    found = {**defaults, **saved}
     # As JSON, in which a NaN equals a NaN.
     keys = [key for key in sorted(config.keys() | found.keys()) if json.dumps(config.get(key)) != json.dumps(found.get(key))]
     if keys and found.keys() == config.keys() and not _is_used(directory):
         _write_config(path, config)
     elif keys:
-        sides = [{key: side.get(key) for key in keys} for side in (found, config)]
+        shown = [key for key in keys if key in saved] or keys  # not what only counts as being there
+        sides = [{key: side.get(key) for key in shown} for side in (found, config)]
         there, given = map(ABRIDGED.repr, sides)
         if there == given:  # they differ in what was left out
             there, given = map(repr, sides)

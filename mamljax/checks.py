@@ -32,7 +32,11 @@ def check_choice(name: str, value: object, choices: Any) -> None:
 
 
 def check_metric_fns(metric_fns: Mapping[str, LossFn]) -> None:
-    """Raise `ValueError` if a metric has the name under which the loss is reported."""
+    """Raise `ValueError` unless metrics are given by name, and none has that under which the loss is reported."""
+    if not isinstance(metric_fns, Mapping):
+        raise ValueError(
+            f'metric_fns must be a dict of functions by name, such as {{"accuracy": accuracy}}, got {metric_fns!r}.'
+        )
     if "loss" in metric_fns:
         raise ValueError('metric_fns must not have "loss", which is the name of the loss itself. Choose another name.')
 
@@ -40,7 +44,10 @@ def check_metric_fns(metric_fns: Mapping[str, LossFn]) -> None:
 def check_optimiser(tx: optax.GradientTransformation) -> None:
     """Raise `ValueError` unless `tx` is an Optax transformation."""
     if not isinstance(tx, optax.GradientTransformation):
-        raise ValueError(f"tx must be an Optax transformation, such as optax.adam(1e-3), got {tx!r}.")
+        raise ValueError(
+            f"tx must be an Optax transformation, such as optax.adam(1e-3), got {tx!r}. Of optax.MultiSteps pass "
+            "gradient_transformation()."
+        )
 
 
 def check_params(params: PyTree) -> None:

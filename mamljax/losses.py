@@ -24,12 +24,15 @@ def mse(outputs: Array, targets: Array) -> Array:
 def cross_entropy(logits: Array, labels: Array) -> Array:
     """Mean cross-entropy in nats; logits [n, N] float, labels [n] integer in 0..N-1, or -1 for examples without a label.
 
+    Labels of N and above make it NaN, and its gradient, so that they are noticed in an inner loop too.
+
     >>> round(float(cross_entropy(jnp.zeros((3, 2)), jnp.array([0, 1, 1]))), 4)
     0.6931
     """
     _check_labels(logits, labels)
     losses = optax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-    return jnp.mean(losses, where=labels >= 0)
+    # A factor, as the derivative of `where` between losses would be NaN for all of them.
+    return jnp.mean(losses * jnp.where(labels < logits.shape[1], 1.0, jnp.nan), where=labels >= 0)
 
 
 def accuracy(logits: Array, labels: Array) -> Array:

@@ -51,7 +51,15 @@ def _gradient_of_pure(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[[P
     def backward(residuals: tuple, cotangent: PyTree) -> tuple[PyTree, PyTree]:
         params, entry = residuals
         # The Hessian is symmetric, so its product with the cotangent from the left is the one with a tangent from the right.
-        return jax.jvp(lambda params: joint_gradient(params, entry), (params,), (cotangent,))[1]
+        try:
+            return jax.jvp(lambda params: joint_gradient(params, entry), (params,), (cotangent,))[1]
+        except TypeError as error:
+            if "custom_vjp" not in str(error):
+                raise
+            raise ValueError(
+                "the network or the loss has a jax.custom_vjp that has no derivative in forward mode, which mixed mode needs. "
+                "Choose differentiation='reverse', or give it a jax.custom_jvp."
+            ) from error
 
     gradient.defvjp(forward, backward)
     return gradient

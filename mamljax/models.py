@@ -129,7 +129,7 @@ def from_linen(module: linen.Module, x: Array) -> Model:
         except InvalidRngError as error:
             raise ValueError(
                 f"{type(module).__name__} draws random numbers, and an inner loop has none to give: {error} "
-                "Switch dropout off, by deterministic=True."
+                "Switch dropout off, by deterministic=True; or draw keys as part of each task's inputs."
             ) from error
 
     return Model(lambda key: module.init(key, x).get("params", {}), apply)

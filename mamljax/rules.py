@@ -61,7 +61,7 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
         slope = jax.jit(jax.grad(total_update))
         derivatives = jax.tree.leaves([slope(gradient, ones) for gradient in _with_dead_units(ones)])
     except (AttributeError, TypeError) as error:
-        raise ValueError(f"an inner rule gets gradients and parameters alone, and this one needs more: {error}") from error
+        raise ValueError(f"the inner rule failed when given gradients and parameters, which is all it gets: {error}") from error
     except LookupError as error:
         raise ValueError(
             f"the inner rule looks for {error} in the parameters, and there is none. A learned rule goes with the model that "
@@ -94,6 +94,8 @@ def check_step_size(inner_lr: float) -> None:
 
 
 def _is_number(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
     return isinstance(value, numbers.Real) or (isinstance(value, Array | np.ndarray) and value.ndim == 0)
 
 
@@ -200,7 +202,7 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
     Args:
         frozen: names on the paths of parameters: ("shift", "scale") for those of every `image_models.BatchStatNorm`; all layers
             but the last for ANIL (arXiv 1909.09157), the last alone for BOIL (arXiv 2008.08882).
-        rule: what the others follow, a step size or an Optax transformation.
+        rule: what the others follow, a step size or an Optax transformation, but not that of `learned_by_step`.
 
     Raises:
         ValueError: the step size is not positive and finite; where it is used, a name that no parameter and no layer has, or

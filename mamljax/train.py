@@ -244,6 +244,8 @@ def _checked_mesh(mesh: Mesh | None, num_tasks: int) -> Mesh | None:
 
 def _whole_config(config: Mapping[str, Any], **own: Any) -> dict[str, Any]:
     """All that decides how a run goes: what the caller says does, and what `fit` knows itself."""
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+        raise ValueError(f"config must be a dict of JSON values by name, got {config!r}.")
     if taken := sorted(own.keys() & config.keys()):
         raise ValueError(f"config must not have {taken}: these are fit's own. Choose other names.")
     return {**own, **config}

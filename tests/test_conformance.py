@@ -173,6 +173,11 @@ def test_no_metric_takes_the_name_of_the_loss():
         matching(MODEL, mse, ways=2, tx=optax.adam(1e-2), metric_fns={"loss": mse})
 
 
+def test_metrics_have_names():
+    with pytest.raises(ValueError, match="metric_fns must be a dict of functions by name"):
+        MAML(rule=0.01, metric_fns=[mse])
+
+
 def test_differentiation_is_checked_by_the_builder():
     with pytest.raises(ValueError, match=r"differentiation must be one of \('mixed', 'reverse', 'first_order'\), got 'second'"):
         MAML(rule=0.01, differentiation="second")

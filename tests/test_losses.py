@@ -1,5 +1,6 @@
 """Losses against numbers worked out by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,3 +33,11 @@ def test_mse_does_not_broadcast():
 def test_labels_must_be_one_integer_an_example(loss_fn, labels):
     with pytest.raises(ValueError, match="expected logits"):
         loss_fn(jnp.zeros((3, 2)), labels)
+
+
+def test_labels_that_no_logit_stands_for_have_no_gradient_either():
+    """An inner loop sees the gradient alone; of an unlabelled example it is zero."""
+    logits = jnp.zeros((3, 2))
+    assert jnp.isnan(jax.grad(cross_entropy)(logits, jnp.array([0, 2, 1]))[1]).all()
+    gradient = jax.grad(cross_entropy)(logits, jnp.array([0, -1, 1]))
+    np.testing.assert_allclose(gradient, [[-0.25, 0.25], [0.0, 0.0], [0.25, -0.25]])

@@ -150,3 +150,22 @@ def test_golden_values(mode):
     gradient = jax.grad(meta_loss)(params, tasks, mode, golden["inner_steps"], golden["alpha"])
     expected = golden["first_order" if mode == "first_order" else "second_order"]
     assert_close(gradient, {name: np.array(value) for name, value in expected.items()})
+
+
+def test_what_has_no_forward_derivative_is_refused_in_mixed_mode():
+    """As functions of the pattern in JAX's documentation, which call themselves; reverse mode takes them."""
+
+    @jax.custom_vjp
+    def double(x):
+        return 2 * x
+
+    double.defvjp(lambda x: (double(x), None), lambda _, slope: (2 * slope,))
+    model = Model(lambda key: jnp.ones(()), lambda params, x: double(params * x))
+    x = jnp.ones((3, 1))
+
+    def meta_loss(params, mode):
+        return mse(model.apply(fine_tune(model, mse, params, Examples(x, x), optax.sgd(0.1), 1, differentiation=mode)[0], x), x)
+
+    assert jnp.isfinite(jax.grad(meta_loss)(jnp.ones(()), "reverse"))
+    with pytest.raises(ValueError, match="has no derivative in forward mode, which mixed mode needs. Choose .*'reverse'"):
+        jax.grad(meta_loss)(jnp.ones(()), "mixed")

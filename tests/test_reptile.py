@@ -14,7 +14,7 @@ from mamljax.reptile import reptile
 from mamljax.tasks.images import episodes
 from mamljax.tasks.sinusoid import sinusoid
 from mamljax.train import fit
-from mamljax.types import Model, State
+from mamljax.types import Model, State, Task
 
 MODEL = mlp(1, (8, 8), 1)
 KEY = jax.random.key(0)
@@ -81,3 +81,19 @@ def test_it_learns_to_adapt():
         state = fit(learner, sample, key=KEY, num_updates=1_000, num_tasks=10, log_every=1_000, progress=False).state
         errors.append(jnp.mean(evaluate(learner, state, sample, key=jax.random.key(1), num_tasks=200)["loss"][:, -1]))
     assert errors[0] < errors[1] / 2
+
+
+def test_targets_of_several_parts_are_examples_as_others_are():
+    """A dict of targets has as many entries as parts, not as many as there are examples."""
+
+    def weighted(outputs, targets):
+        return (targets["weight"] * (outputs - targets["y"]) ** 2).mean()
+
+    def with_weights(examples):
+        return examples._replace(y={"y": examples.y, "weight": jnp.ones_like(examples.y)})
+
+    tasks = Task(with_weights(TASKS.support), with_weights(TASKS.query))
+    learner = reptile(MODEL, weighted, rule=0.1, inner_steps=5, batch_size=4, eval_steps=1, tx=optax.sgd(0.25))
+    found = learner.update(KEY, State(PARAMS, optax.sgd(0.25).init(PARAMS)), tasks)[0].params
+    expected = updated(0.1, optax.sgd(0.25), inner_steps=5, batch_size=4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found, expected)

@@ -60,8 +60,13 @@ def test_other_rules_pass(rule):
 @pytest.mark.parametrize("rule", [optax.polyak_sgd(), optax.lbfgs(), optax.lookahead(optax.sgd(0.1), 5, 0.5)])
 def test_rules_that_need_more_than_gradients_and_parameters_are_refused(rule):
     for differentiable in (True, False):
-        with pytest.raises(ValueError, match="an inner rule gets gradients and parameters alone, and this one needs more"):
+        with pytest.raises(ValueError, match="the inner rule failed when given gradients and parameters, which is all it gets"):
             as_rule(rule, PARAMS, differentiable=differentiable)
+
+
+def test_a_flag_is_no_step_size():
+    with pytest.raises(ValueError, match="rule must be a step size or an Optax transformation, got True"):
+        as_rule(True, PARAMS, differentiable=True)
 
 
 def test_a_number_of_any_kind_is_a_step_size():

@@ -184,6 +184,12 @@ def test_names_that_are_its_own_are_refused_in_the_configuration(tmp_path):
         train(directory=tmp_path, config={"key": 0})
 
 
+@pytest.mark.parametrize("config", [{1: "a"}, None, [("lr", 0.1)]])
+def test_a_configuration_is_a_dict_of_names(tmp_path, config):
+    with pytest.raises(ValueError, match="config must be a dict of JSON values by name, got"):
+        train(directory=tmp_path, config=config)
+
+
 def test_values_that_json_has_not_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\['lr'\] must be made of numbers, strings, lists and dicts, got np.float32"):
         train(directory=tmp_path, config={"steps": 1, "lr": np.float32(0.5)})

@@ -79,7 +79,12 @@ def _find_classes(data_dir: Path) -> dict[str, list[Path]]:
     """The image files of each class, all in the order of their names."""
     folders = _class_folders(data_dir)
     if set(SPLITS) <= folders.keys():
+        further = sorted(folders.keys() - set(SPLITS))
         folders = {f"{part}/{name}": path for part in SPLITS for name, path in _class_folders(folders[part]).items()}
+        if further:
+            raise DataError(
+                f"{data_dir} holds {', '.join(further)} beside {', '.join(SPLITS)}. Move it into one of these, or away."
+            )
     elif present := [part for part in SPLITS if part in folders]:
         missing = [part for part in SPLITS if part not in folders]
         raise DataError(

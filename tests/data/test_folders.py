@@ -202,3 +202,9 @@ def test_split_by_folder(divided, tmp_path):
 def test_empty_splits(names, message):
     with pytest.raises(ValueError, match=message):
         split_folders(names)
+
+
+def test_a_class_beside_the_splits_is_no_class(divided, tmp_path):
+    (divided / "owls").mkdir()
+    with pytest.raises(DataError, match="holds owls beside train, val, test. Move it into one of these, or away"):
+        image_folders(divided, tmp_path / "banks", size=8, channels=3)

@@ -582,3 +582,9 @@ def test_adapt_names_the_first_difference_of_another_architecture(finished, imag
     errors = capsys.readouterr().err
     assert "is one of another model or method: at " in errors
     assert "['BatchStatNorm_0']['shift'] it has float32[1, 256], expected float32[1, 64]" in errors
+
+
+def test_results_do_not_go_among_the_images(images, banks, capsys):
+    assert main(images, banks, "--out", images / "run") == 2
+    assert "lies in --data-dir, whose folders are classes" in capsys.readouterr().err
+    assert not (images / "run" / "checkpoints").exists()

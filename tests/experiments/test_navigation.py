@@ -227,6 +227,7 @@ def test_another_configurations_directory(finished, capsys):
         (["--num-tasks", "0"], "--num-tasks must be a whole number of at least 1, got 0."),
         (["--max-kl", "-0.01"], "--max-kl must be positive and finite, got -0.01."),
         (["--damping", "0"], "--damping must be positive and finite, got 0.0."),
+        (["--discount", "-1"], "--discount must be at least 0 and finite, got -1.0."),
         (["--gae-lambda", "1.5"], "gae_lambda must lie in [0, 1], got 1.5."),
     ],
 )

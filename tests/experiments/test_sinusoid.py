@@ -336,7 +336,7 @@ def test_ctrl_c_outside_of_training_ends_in_good_order(tmp_path):
     process.send_signal(signal.SIGINT)
     while process.poll() is None and "Exception ignored" not in (tmp_path / "stderr").read_text():
         time.sleep(0.01)
-    time.sleep(0.5)
+    time.sleep(0.1)
     process.send_signal(signal.SIGINT)  # again if a callback of the garbage collector, which JAX has, swallowed it
     assert process.wait() == 130
     assert "The same command goes on from there." in (tmp_path / "stderr").read_text()
