@@ -156,11 +156,10 @@ class Run:
         effort = {"seconds": seconds, "num_devices": self.mesh.size if self.mesh else 1}
         report.write_results(out / "results.json", experiment=self.experiment, config=self.config, rows=rows, **effort)
         results = report.read_results(out / "results.json")
-        text = report.markdown(results)
-        write_atomically(out / "report.md", text)
+        write_atomically(out / "report.md", report.markdown(results))
         if not is_first_host():
             return results
-        print("\n" + text)
+        print("\n" + report.markdown(results))
         for method, result in self.results.items():
             if result.num_updates < self.options.steps:
                 done = f"{result.num_updates:,} of {self.options.steps:,} meta-updates"
