@@ -35,7 +35,7 @@ COMMANDS = {
     "half_cheetah_velocity": ("locomotion.py", "--preset", "half_cheetah_velocity"),
 }
 Experiment = Literal["sinusoid", "omniglot-5w1s", "omniglot-20w1s", "miniimagenet-5w1s", "navigation", "half_cheetah_velocity"]
-ONE_UPDATE = ("--method", "maml", "--steps", "1", "--log-every", "1")
+ONE_UPDATE = ("--method", "maml", "--steps", "2", "--log-every", "1")  # the first of two: the last one is validated
 LOGGED = {  # what JAX_LOG_COMPILES=1 has it write, and what to call it
     "of which tracing": r"Finished (?:tracing|jaxpr to MLIR module conversion) .* in ([\d.e-]+) sec",
     "of which compiling": r"Finished XLA compilation of .* in ([\d.e-]+) sec",
