@@ -41,9 +41,8 @@ class Options(runner.Options):
 
     method: tuple[Method, ...] = ("maml", "fomaml", "pretrained", "random", "oracle")
     """Methods, trained in this order: MAML, first-order MAML, MAML by proximal steps (promp; Rothfuss et al. 2019), MAML that
-    adapts nothing but a further input (context), one policy for all tasks, an untrained one, and one that is told the task.
-    The policies trained for all tasks or not at all are fine-tuned with a step size tuned for them; the oracle is not
-    fine-tuned."""
+    adapts nothing but a further input (context), one policy for all tasks, an untrained one, and one that is told the task
+    (oracle). The pretrained and the untrained policy are fine-tuned with a step size that is tuned for them."""
     num_tasks: int = 20
     trajectories: int = 20
     """K, trajectories before and after each adaptation step in training. Where they end early further ones follow, so that
