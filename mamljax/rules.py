@@ -14,6 +14,11 @@ from jax.core import Tracer
 from mamljax.checks import check_count, check_params
 from mamljax.types import Model, PyTree
 
+
+class RuleLearningModel(Model):
+    """A network whose parameters have those of the inner rule beside them, which was returned with it."""
+
+
 Rule = float | optax.GradientTransformation  # a step size stands for gradient descent
 PROBED_STEPS = 8  # rectified Adam changes its rule within the first few
 
@@ -80,10 +85,14 @@ def rule_for(model: Model, rule: Rule, *, differentiable: bool) -> optax.Gradien
     """Make an inner rule for the parameters of a model, as `as_rule` does.
 
     Raises:
-        ValueError: as `as_rule`; or it is no `Model`.
+        ValueError: as `as_rule`; it is no `Model`; or one that learns its rule, with a step size.
     """
     if not isinstance(model, Model):
         raise ValueError(f"model must be a Model, got {type(model).__name__}. Make one by models.from_linen or from_nnx.")
+    if isinstance(model, RuleLearningModel) and _is_number(rule):
+        raise ValueError(
+            f"the model learns its own inner rule, and would learn nothing of it with rule={rule}. Pass that rule."
+        )
     return as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=differentiable)
 
 
@@ -134,7 +143,7 @@ def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.Grad
         theta = jax.tree.map(lambda alpha, leaf: -alpha * leaf, params["alpha"], gradient["theta"])
         return {"theta": theta, "alpha": jax.tree.map(jnp.zeros_like, params["alpha"])}
 
-    return Model(init, lambda params, x: model.apply(params["theta"], x)), optax.stateless(step)
+    return RuleLearningModel(init, lambda params, x: model.apply(params["theta"], x)), optax.stateless(step)
 
 
 def learned_by_step(
@@ -188,7 +197,7 @@ def learned_by_step(
         step_sizes = jax.tree.map(jnp.zeros_like, params["step_sizes"])
         return {"theta": theta, "step_sizes": step_sizes, "step": jnp.ones_like(params["step"])}
 
-    return Model(init, apply), optax.stateless(advance)
+    return RuleLearningModel(init, apply), optax.stateless(advance)
 
 
 def _index(step: Array, length: int) -> Array:

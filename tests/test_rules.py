@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax import Array
 
+from mamljax.baselines.meta_lstm import meta_lstm
 from mamljax.inner import adapt
 from mamljax.losses import mse
 from mamljax.maml import maml
@@ -254,3 +255,20 @@ def test_all_but_leaves_something_to_adapt():
 def test_all_but_checks_its_step_size():
     with pytest.raises(ValueError, match="positive and finite"):
         all_but(("shift",), -1.0)
+
+
+@pytest.mark.parametrize(
+    "learning",
+    [
+        lambda model: learned_step_sizes(model, 0.1),
+        lambda model: learned_by_step(model, 0.1, 2),
+        lambda model: meta_lstm(model, 0.1),
+    ],
+)
+def test_a_model_that_learns_its_rule_is_not_given_another(learning):
+    """With a step size it would be plain MAML, under the name of the method."""
+    model, rule = learning(mlp(1, (2,), 1))
+    settings = {"inner_steps": 2, "eval_steps": 2, "tx": optax.adam(1e-3), "differentiation": "first_order"}
+    maml(model, mse, rule=rule, **settings)
+    with pytest.raises(ValueError, match=r"the model learns its own inner rule, .* with rule=0.1. Pass that rule"):
+        maml(model, mse, rule=0.1, **settings)

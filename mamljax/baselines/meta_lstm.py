@@ -10,7 +10,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from mamljax.checks import check_count
-from mamljax.rules import check_step_size
+from mamljax.rules import RuleLearningModel, check_step_size
 from mamljax.types import Model, PyTree
 
 LOG_RANGE = 10  # p: gradients above exp(-p) are seen by their logarithm
@@ -89,7 +89,8 @@ def meta_lstm(model: Model, inner_lr: float, *, hidden: int = 20) -> tuple[Model
         }
         return updates, CellState(out, memory, input_gate, forget_gate)
 
-    return Model(init, lambda params, x: model.apply(params["theta"], x)), optax.GradientTransformation(begin, step)
+    network = RuleLearningModel(init, lambda params, x: model.apply(params["theta"], x))
+    return network, optax.GradientTransformation(begin, step)
 
 
 def seen(slope: Array) -> Array:
