@@ -156,10 +156,11 @@ class Run:
         effort = {"seconds": seconds, "num_devices": self.mesh.size if self.mesh else 1}
         report.write_results(out / "results.json", experiment=self.experiment, config=self.config, rows=rows, **effort)
         results = report.read_results(out / "results.json")
-        write_atomically(out / "report.md", report.markdown(results))
+        text = report.markdown(results)
+        write_atomically(out / "report.md", text)
         if not is_first_host():
             return results
-        print("\n" + report.markdown(results))
+        print("\n" + text)
         for method, result in self.results.items():
             if result.num_updates < self.options.steps:
                 done = f"{result.num_updates:,} of {self.options.steps:,} meta-updates"
@@ -295,6 +296,5 @@ def parse(presets: Mapping[str, AnyOptions], argv: Sequence[str]) -> AnyOptions:
     """Read options from a command line, on top of those of its `--preset`; exits with code 2 if it is malformed."""
     beforehand = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     beforehand.add_argument("--preset", nargs="?")
-    preset = beforehand.parse_known_args(argv)[0].preset
-    default = presets.get(preset) or next(iter(presets.values()))  # of an unknown one, tyro says what is wrong
-    return tyro.cli(type(default), default=default, args=argv)
+    default = presets.get(beforehand.parse_known_args(argv)[0].preset) or next(iter(presets.values()))
+    return tyro.cli(type(default), default=default, args=argv)  # which says what is wrong with an unknown preset

@@ -85,8 +85,7 @@ def promp(
     policy = collector.policy
     rule = rule_for(policy, rule, differentiable=True)
     plain = maml_rl(collector, rule=rule, inner_steps=inner_steps, eval_steps=eval_steps, tx=tx)
-    is_trpo = lambda node: isinstance(node, TrustRegionState)  # noqa: E731
-    if any(map(is_trpo, jax.tree.leaves(jax.eval_shape(plain.init, jax.random.key(0)).opt, is_leaf=is_trpo))):
+    if _has_trpo(jax.eval_shape(plain.init, jax.random.key(0)).opt):
         raise ValueError("tx must take small steps on the loss, such as optax.adam(1e-3); with trpo(...) use maml_rl.")
     collect_one = partial(collect_and_adapt, collector, rule, inner_steps)
     judged_from = 1 if multi_step_loss else inner_steps
@@ -114,6 +113,15 @@ def promp(
         return state, metrics
 
     return descend._replace(update=update)
+
+
+def _has_trpo(opt: PyTree) -> bool:
+    """Whether the state of an optimiser has that of TRPO in it, alone or in a chain."""
+
+    def is_trpo(node: PyTree) -> bool:
+        return isinstance(node, TrustRegionState)
+
+    return any(map(is_trpo, jax.tree.leaves(opt, is_leaf=is_trpo)))
 
 
 def _policies_on_path(model: Model, rule: optax.GradientTransformation, params: PyTree, batches: Batch) -> Gaussian:
