@@ -88,7 +88,7 @@ def warn_of_constant_tasks(sample: SampleFn, key: Array) -> None:
     if not any(variable is jaxpr.invars[0] for variable in used):
         warnings.warn(
             "the sampler does not use its key, so that all tasks are the same. Draw them from the key with jax.random: what "
-            "NumPy or Python draws is drawn once, while JAX traces the sampler.",
+            "NumPy or Python draws is drawn once, while JAX traces the sampler. tasks.host.HostTasks draws by NumPy.",
             stacklevel=2,
         )
 

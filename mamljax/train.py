@@ -71,8 +71,8 @@ def fit(
     Args:
         learner: the method.
         sample: key -> one task; drawn inside the compiled loop. A `jax.tree_util.Partial` carries arrays, such as images,
-            which are then passed to the compiled program instead of copied into it; `validate_fn` alike. One with a method
-            `prepare` reads tasks ahead on the host: see `tasks.images.HostEpisodes`.
+            which are then passed to the compiled program instead of copied into it; `validate_fn` alike. `tasks.host.HostTasks`
+            makes one of any Python function; with a method `prepare`, as it has, a sampler draws ahead on the host.
         key: a JAX random key; or an array of N keys, to train N seeds in one compiled program.
         num_updates: meta-updates in all.
         num_tasks: B, tasks in a meta-batch.

@@ -10,6 +10,7 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from mamljax.checks import check_count, check_counts
+from mamljax.tasks.host import prepared
 from mamljax.types import Examples, SampleFn, Task, as_partial
 
 
@@ -92,12 +93,10 @@ class HostEpisodes:
     def prepare(self, keys: Array) -> Partial:
         """Read the episodes of some keys [n]; returns a sampler for these keys alone."""
         index, turns = self._all_indices(keys)
-        return Partial(self._prepared, jax.random.key_data(keys), jax.device_put(self._read(*index)), turns)
+        return Partial(self._task_of, prepared(keys, (self._read(*index), turns)))
 
-    def _prepared(self, keys: Array, drawn: Array, turns: Array, key: Array) -> Task:
-        # A key that was not prepared finds row 0. The loop over meta-updates asks for some, whose tasks it does not use.
-        row = (keys == jax.random.key_data(key)[None]).all(-1).argmax()
-        return self._as_task(drawn[row], turns[row])
+    def _task_of(self, images_of: SampleFn, key: Array) -> Task:
+        return self._as_task(*images_of(key))
 
     def _read(self, classes: ArrayLike, numbers: ArrayLike) -> np.ndarray:
         return self.images[self.classes[np.asarray(classes)], np.asarray(numbers)]

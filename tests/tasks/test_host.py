@@ -1,0 +1,94 @@
+"""Tasks drawn by Python code: the same by every way, in training drawn ahead, in evaluation by callback."""
+
+import functools
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mamljax.devices import task_mesh
+from mamljax.evaluate import evaluate
+from mamljax.losses import mse
+from mamljax.maml import maml
+from mamljax.models import mlp
+from mamljax.tasks.host import HostTasks
+from mamljax.train import fit
+from mamljax.types import Examples, Task
+
+KEY = jax.random.key(0)
+LEARNER = maml(mlp(1, (4,), 1), mse, rule=0.1, inner_steps=1, eval_steps=2, tx=optax.sgd(0.1))
+
+
+def line(rng):
+    x = rng.normal(size=(5, 1))
+    y = rng.uniform(-2, 2) * x
+    return Task(Examples(x[:2], y[:2]), Examples(x[2:], y[2:]))
+
+
+def test_a_key_gives_one_task_by_every_way():
+    keys = jax.random.split(KEY, (2, 3))
+    sample = HostTasks(line)
+    called_back = jax.jit(jax.vmap(jax.vmap(sample)))(keys)
+    ahead = sample.prepare(keys.ravel())
+    for row, column in np.ndindex(2, 3):
+        key = keys[row, column]
+        expected = line(np.random.default_rng(np.asarray(jax.random.key_data(key))))
+        expected = jax.tree.map(lambda leaf: leaf.astype(np.float32), expected)
+        of_batch = jax.tree.map(lambda leaf, row=row, column=column: leaf[row, column], called_back)
+        for drawn in (sample(key), jax.jit(ahead)(key), of_batch):
+            jax.tree.map(np.testing.assert_array_equal, drawn, expected)
+
+
+def test_training_draws_ahead_the_tasks_of_each_meta_update():
+    drawn = []
+
+    def recorded(rng):
+        drawn.append(threading.get_ident())
+        return line(rng)
+
+    host = HostTasks(recorded)
+    drawn.clear()
+    run = functools.partial(fit, LEARNER, key=KEY, num_updates=5, num_tasks=2, log_every=2, progress=False)
+    ahead = run(host)
+    assert drawn == [threading.get_ident()] * 3 * 2 * 2  # three compiled calls of two updates of two tasks; none by callback
+    called_back = run(lambda key: host(key))  # which hides `prepare`
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
+    jax.tree.map(close, ahead.state, called_back.state)
+
+
+def test_devices_may_ask_at_once():
+    at_once = []
+
+    def alone(rng):
+        at_once.append("in")
+        assert at_once == ["in"]
+        task = line(rng)
+        at_once.clear()
+        return task
+
+    state = LEARNER.init(KEY)
+    with jax.set_mesh(task_mesh(2)):
+        errors = evaluate(LEARNER, state, HostTasks(alone), key=KEY, num_tasks=20)["loss"]
+    assert errors.shape == (20, 3)
+    assert len(np.unique(errors[:, 0])) == 20  # each a task of its own
+    assert (errors[:, 1] != errors[:, 0]).all()
+
+
+def test_a_task_keeps_its_structure_and_its_integers():
+    sample = HostTasks(lambda rng: {"class": rng.integers(7), "x": [rng.normal(size=3), 1.5]})
+    task = sample(KEY)
+    assert jnp.issubdtype(task["class"].dtype, jnp.integer)
+    assert task["x"][0].shape == (3,)
+    assert task["x"][1] == 1.5
+    with jax.enable_x64(True):
+        assert HostTasks(line)(KEY).query.y.dtype == np.float64
+
+
+def test_a_task_of_another_shape_is_an_error():
+    sizes = iter((3, 3, 4))
+    sample = HostTasks(lambda rng: rng.normal(size=next(sizes)))
+    with pytest.raises(ValueError, match=r"all tasks must have the same shapes, got \(4,\) after \(3,\)"):
+        sample.prepare(jax.random.split(KEY, 2))
