@@ -3,6 +3,7 @@
 import math
 import numbers
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ class RuleLearningModel(Model):
     """A network whose parameters have those of the inner rule beside them, which was returned with it."""
 
 
-Rule = float | optax.GradientTransformation  # a step size stands for gradient descent
+Rule: TypeAlias = float | Array | optax.GradientTransformation  # a step size stands for gradient descent
 PROBED_STEPS = 8  # rectified Adam changes its rule within the first few
 
 
