@@ -50,12 +50,14 @@ def rollouts(environment: Environment, *, num_tasks: int, trajectories: int, hor
     model = mlp(environment.observation_size, (100, 100), environment.action_size)
 
     def trajectory(key: Array, params: dict, task: Array) -> Array:
-        state, observation = environment.reset(key, task)
+        reset_key, key = jax.random.split(key)
+        state, observation = environment.reset(reset_key, task)
 
         def step(carry: tuple, key: Array) -> tuple[tuple, Array]:
             state, observation = carry
+            step_key, noise_key = jax.random.split(key)
             mean = model.apply(params, observation[None])[0]
-            taken = environment.step(key, state, mean + jax.random.normal(key, mean.shape), task)
+            taken = environment.step(step_key, state, mean + jax.random.normal(noise_key, mean.shape), task)
             return (taken.state, taken.observation), taken.reward
 
         return jax.lax.scan(step, (state, observation), jax.random.split(key, horizon))[1]

@@ -20,10 +20,10 @@ import jax
 import tyro
 
 from mamljax import report
-from mamljax.checkpoint import CheckpointError, make_directory
 from mamljax.checks import check_count
 from mamljax.figures import new_figure
 from mamljax.files import write_atomically
+from mamljax.run_directory import CheckpointError, make_directory
 
 UNTRAINED = {"ci95": float("nan"), "seeds": 0, "meta_updates": 0}  # the fields of a row that a benchmark leaves empty
 NO_ROOM = "does not fit in memory"  # the note of a row without a number
@@ -144,7 +144,7 @@ def main(
         drawn: whether a row is in the figure; by default all are.
 
     Returns:
-        The exit code: 0 for success, 2 for an error.
+        The exit code: 0 for success, 2 for an error, 130 after Ctrl-C.
     """
     options = tyro.cli(options_type, args=argv)
     config = dataclasses.asdict(options) | {"out": str(options.out)}

@@ -132,7 +132,7 @@ def _experiment(name: problems.Name) -> Setting:
     return Setting(name, model, problems.loss_of(problem), tasks, (problem.inner_steps,), problem.chunk_size)
 
 
-def program(mode: str, setting: Setting, steps: int, limit: float) -> Program:
+def compile_update(mode: str, setting: Setting, steps: int, limit: float) -> Program:
     """Compile a meta-update on fixed tasks, whose outer optimiser leaves the meta-gradient as it is.
 
     Args:
@@ -183,7 +183,7 @@ def measure(options: Options) -> list[report.Row]:
 def compare(options: Options, setting: Setting, steps: int) -> list[report.Row]:
     """Rows of one number of inner steps: time, arithmetic and memory of each mode, and all relative to first order."""
     limit = options.memory_mb or harness.free_megabytes()
-    programs = {mode: program(mode, setting, steps, limit) for mode in MODES}
+    programs = {mode: compile_update(mode, setting, steps, limit) for mode in MODES}
     runs = {mode: program.run for mode, program in programs.items() if program.run}
     times = harness.medians(runs, options.repeats)
     num_tasks = len(setting.tasks.query.y)

@@ -17,11 +17,11 @@ from jax import Array, lax
 from jax.tree_util import Partial
 
 from mamljax import report
+from mamljax.loop import meta_updates
 from mamljax.losses import mse
 from mamljax.maml import maml
 from mamljax.models import mlp
 from mamljax.tasks.sinusoid import sinusoid
-from mamljax.train import meta_updates
 from mamljax.types import MetaLearner, PyTree
 
 NUM_TASKS, SHOTS, INNER_LR = 25, 10, 0.001
@@ -79,8 +79,8 @@ def by_library(learner: MetaLearner, updates: int) -> Callable[[], Array]:
     """The same with the library, compiled as `fit` compiles it; returns what runs it."""
     run = jax.jit(meta_updates(learner, NUM_TASKS, updates))
     sample = Partial(sinusoid(shots=SHOTS, queries=SHOTS))
-    key = jax.random.key(0)
-    state = learner.init(key)
+    key, init_key = jax.random.split(jax.random.key(0))
+    state = learner.init(init_key)
     return lambda: run(state, key, 0, updates, sample)[1]["loss"]
 
 

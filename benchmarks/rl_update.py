@@ -81,8 +81,8 @@ def collector_of(environment: Environment, *, trajectories: int, horizon: int) -
 
 def first_update(learner: MetaLearner, environment: Environment, num_tasks: int) -> tuple[Array, State, PyTree]:
     """The arguments of a policy's first meta-update: a key, the state, the tasks."""
-    key = jax.random.key(0)
-    return key, learner.init(key), jax.vmap(environment.sample_task)(jax.random.split(key, num_tasks))
+    key, init_key, task_key = jax.random.split(jax.random.key(0), 3)
+    return key, learner.init(init_key), jax.vmap(environment.sample_task)(jax.random.split(task_key, num_tasks))
 
 
 def compiled(fn: Callable, common: Sequence[PyTree], by_task: PyTree, devices: int) -> Callable[[], PyTree]:

@@ -179,8 +179,8 @@ def make_bank(name: str, banks: Path, *, images: int) -> None:
     """Make the bank that an experiment opens, of random images, unless it is there or needs none."""
 
     def random_source(names: Sequence[str], count: int, shape: tuple[int, int, int]) -> Source:
-        def read(number: int) -> np.ndarray:
-            return np.random.default_rng(number).integers(0, 256, (count, *shape), np.uint8)
+        def read(index: int) -> np.ndarray:
+            return np.random.default_rng(index).integers(0, 256, (count, *shape), np.uint8)
 
         return Source(tuple(names), (count,) * len(names), shape, read)
 

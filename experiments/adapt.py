@@ -16,12 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from few_shot_learners import adapted_by, set_precision
+from few_shot_learners import network_and_rule, set_precision
 from few_shot_presets import Options as RunOptions
 from few_shot_presets import image_shape
 from few_shot_trained import read_options, read_trained
 
-from mamljax.checkpoint import CheckpointError
 from mamljax.checks import check_count
 from mamljax.data.bank import DataError
 from mamljax.data.decoding import decode
@@ -29,6 +28,7 @@ from mamljax.data.folders import SUFFIXES
 from mamljax.files import write_atomically
 from mamljax.losses import cross_entropy
 from mamljax.maml import fine_tune
+from mamljax.run_directory import CheckpointError
 from mamljax.types import Examples
 
 
@@ -84,7 +84,7 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
 
     set_precision(run)
     trained = read_trained(options.checkpoint / "checkpoints" / options.method, run.ways)
-    network, rule = adapted_by(options.method, run, lr)
+    network, rule = network_and_rule(options.method, run, lr)
     adapted, _ = fine_tune(network, cross_entropy, trained.params, support, rule, steps)
 
     def logits(x: jax.Array) -> jax.Array:

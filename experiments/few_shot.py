@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import runner
 from few_shot_data import Data, load
-from few_shot_learners import adapted_by, build_learner, set_precision
+from few_shot_learners import build_learner, network_and_rule, set_precision
 from few_shot_presets import (
     MAML,
     PRESETS,
@@ -26,7 +26,7 @@ from few_shot_presets import (
     Method,
     Options,
     cell,
-    check_methods,
+    check_options,
     eval_tasks,
 )
 from few_shot_trained import Trained, beginning_with, check_begin_with, read_trained
@@ -50,7 +50,7 @@ TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tunin
 def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
     set_precision(options)
-    check_methods(options)
+    check_options(options)
     data, begun_with = load(options), None
     if options.begin_with is not None:
         begun_with = read_trained(options.begin_with, data.num_classes)
@@ -58,7 +58,7 @@ def execute(options: Options, run: runner.Run) -> None:
     run.config["bank"] = data.checksum
     rows, trained = [], {}
     for method in options.method:
-        states, num_updates = train(method, options, data, run, begun_with)
+        states, num_updates = train(method, options, run, data, begun_with)
         if num_updates == 0 and options.steps and method in run.results:  # time ran out before
             continue
         with run.evaluating(method, eval_tasks(options)):
@@ -92,7 +92,7 @@ def execute(options: Options, run: runner.Run) -> None:
         draw_episodes(method, options, data, *trained[method], options.out / f"episodes_{method}.png")
 
 
-def train(method: Method, options: Options, data: Data, run: runner.Run, begun_with: Trained | None) -> tuple[State, int]:
+def train(method: Method, options: Options, run: runner.Run, data: Data, begun_with: Trained | None) -> tuple[State, int]:
     """Train a method from every seed; returns the best states [seeds] and the number of meta-updates done."""
     lr = options.tuning_lrs[0] if method in TUNED else options.inner_lr
     learner = build_learner(method, options, data.num_classes, eval_steps=options.test_steps, rule=lr)
@@ -121,8 +121,8 @@ def train(method: Method, options: Options, data: Data, run: runner.Run, begun_w
 def accuracies(learner: MetaLearner, states: State, sample: SampleFn, *, num_tasks: int, chunk_size: int, seed: int) -> Array:
     """Accuracy of states [seeds] on the query sets, before and after each step: [seeds, num_tasks, S + 1]."""
     scores = []
-    for number in range(len(jax.tree.leaves(states)[0])):
-        state = jax.tree.map(lambda leaf, number=number: leaf[number], states)
+    for index in range(len(jax.tree.leaves(states)[0])):
+        state = jax.tree.map(lambda leaf, index=index: leaf[index], states)
         key = jax.random.key(seed)
         scores.append(evaluate(learner, state, sample, key=key, num_tasks=num_tasks, chunk_size=chunk_size)["accuracy"])
     return jnp.stack(scores)
@@ -143,7 +143,7 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
 
 def draw_episodes(method: Method, options: Options, data: Data, state: State, lr: float, path: Path, *, count: int = 4) -> None:
     """Draw test episodes: support images, then query images with their prediction before and after adaptation."""
-    network, rule = adapted_by(method, options, lr)
+    network, rule = network_and_rule(method, options, lr)
 
     @jax.jit
     def adapted(params: PyTree, sample: SampleFn, key: Array) -> tuple[Task, Array]:
@@ -156,8 +156,8 @@ def draw_episodes(method: Method, options: Options, data: Data, state: State, lr
     draw = functools.partial(_draw_image, greys="gray_r" if options.dataset == "omniglot" else "gray")  # its ink is 1
     figure = new_figure(max(9, 1.2 * 2 * shown + 1), 1.75 * count)
     panels = figure.subplots(count, 2 * shown, squeeze=False)
-    for number, row in enumerate(panels):
-        key = jax.random.fold_in(jax.random.key(TEST_SEED), number)
+    for index, row in enumerate(panels):
+        key = jax.random.fold_in(jax.random.key(TEST_SEED), index)
         task, guesses = adapted(state.params, as_partial(data.test), key)
         labels = np.asarray(task.query.y)
         for label in range(shown):
@@ -166,7 +166,7 @@ def draw_episodes(method: Method, options: Options, data: Data, state: State, lr
             query = int((labels == label).argmax())
             old, new = guesses[:, query]
             draw(row[shown + label], task.query.x[query], f"{old} → {new}", "C2" if new == label else "C3")
-        row[0].set_ylabel(f"episode {number + 1}")
+        row[0].set_ylabel(f"episode {index + 1}")
         row[shown].set_ylabel("queries")
     figure.suptitle(
         f"Test episodes: the support set's classes; queries 0 to {shown - 1}, with the class predicted "

@@ -58,13 +58,13 @@ def load(options: Options) -> Data:
 
     classifier_sample = None
     if set(TRANSFER) & set(options.method):
-        number = options.ways * (options.shots + options.queries)
+        batch_size = options.ways * (options.shots + options.queries)
         counts = bank.counts[split["train"]]
-        classifier_sample = labelled(images_of(bank, split["train"]), number=number, rotations=rotations, counts=counts)
+        classifier_sample = labelled(images_of(bank, split["train"]), batch_size=batch_size, rotations=rotations, counts=counts)
     return Data(
         num_classes=len(split["train"]),
         checksum=bank.checksum,
-        parts={part: [bank.names[number] for number in numbers] for part, numbers in split.items()},
+        parts={part: [bank.names[index] for index in indices] for part, indices in split.items()},
         train=sampler("train", options.queries),
         val=sampler("val", eval_queries(options)),
         test=sampler("test", eval_queries(options)),
@@ -73,8 +73,8 @@ def load(options: Options) -> Data:
 
 
 def check_images(bank: Bank, classes: np.ndarray, needed: int, part: str, flag: str) -> None:
-    """Every class of a split has as many images as an episode takes of it."""
-    few = {bank.names[number]: int(bank.counts[number]) for number in classes if bank.counts[number] < needed}
+    """Raise `ValueError` unless every class of a split has as many images as an episode takes of it."""
+    few = {bank.names[index]: int(bank.counts[index]) for index in classes if bank.counts[index] < needed}
     if few:
         raise ValueError(
             f"episodes of the {part} split need {needed} images of each class, support and query images together, but some "

@@ -48,7 +48,7 @@ def build_network(options: Options, ways: int | None, *, further_channels: int =
     return models.mixed_precision(network) if options.precision == "bfloat16" else network
 
 
-def adapted_by(method: Method, options: Options, rule: Rule) -> tuple[Model, optax.GradientTransformation]:
+def network_and_rule(method: Method, options: Options, rule: Rule) -> tuple[Model, optax.GradientTransformation]:
     """Build the network as a method adapts it, and what it adapts by the rule: all parameters but those of normalisation."""
     features, network = (build_network(options, ways) for ways in (None, options.ways))
     below, all_layers = (jax.eval_shape(model.init, jax.random.key(0)).keys() for model in (features, network))
@@ -93,7 +93,7 @@ def build_learner(method: Method, options: Options, num_classes: int, *, eval_st
         "metric_fns": {"accuracy": accuracy},
         "chunk_size": runner.tasks_at_a_time(options),
     }
-    network, adaptation_rule = adapted_by(method, options, rule)
+    network, adaptation_rule = network_and_rule(method, options, rule)
     adaptation = {"rule": adaptation_rule, "eval_steps": eval_steps}
     differentiation = "first_order" if method in ("fomaml", "meta_lstm") else options.differentiation
     learning = adaptation | {"inner_steps": options.inner_steps, "differentiation": differentiation}

@@ -221,7 +221,8 @@ PLUS = {"method": ("maml++",), "steps": 50_000, "num_tasks": 8, "inner_steps": 5
 PLUS |= {"norm": "scale_and_shift", "annealing": 50_000, "differentiation": "mixed"}
 MINI_PLUS = MINI | PLUS | {"num_tasks": 2, "filters": 48, "inner_lr": 0.01, "multi_step_updates": 7_500, "clip": 10}
 MINI_PLUS |= {"eval_queries": 15}
-# The authors of MAML clip to +-10 where the loss is summed over N Q queries and divided by K; here it is their mean.
+# --clip: the authors clip at 10 the gradient of a loss that is summed over N Q queries and divided by K; here it is their
+# mean, whose gradient is N Q / K times smaller.
 PRESETS = {
     options.preset: options
     for options in (
@@ -267,8 +268,8 @@ def eval_tasks(options: Options) -> int:
     return options.eval_tasks or (600 if options.protocol == "paper" else 6000)
 
 
-def check_methods(options: Options) -> None:
-    """The step size is one that every method can have, and `--begin-with` is given only to what can begin so."""
+def check_options(options: Options) -> None:
+    """Raise `ValueError` unless the options go together with each other and with every method."""
     if "meta_lstm" in options.method and not options.inner_lr < 1:
         raise ValueError(f"--method meta_lstm needs an --inner-lr below 1, got {options.inner_lr}. Give 0.01, for example.")
     if "context" in options.method and options.network == "fully_connected":

@@ -10,8 +10,8 @@ from few_shot_learners import build_learner
 from few_shot_presets import MORE_THAN_A_NETWORK, TRANSFER, Method, Options, cell, image_shape
 from jax import Array
 
-from mamljax.checkpoint import CheckpointError, read_config
 from mamljax.record import best_update, read_metrics
+from mamljax.run_directory import CheckpointError, read_config
 from mamljax.train import read_best
 from mamljax.types import PyTree, State
 
@@ -78,7 +78,7 @@ def read_trained(directory: Path, num_classes: int) -> Trained:
 
 
 def check_begin_with(trained: Trained, options: Options, parts: Mapping[str, Sequence[str]]) -> None:
-    """A run can begin with a trained network, and is validated and tested on no class that it has learned from.
+    """Check that a run can begin with a trained network, and is validated and tested on no class that it has learned from.
 
     Args:
         trained: the network.

@@ -21,9 +21,9 @@ from mamljax.record import read_metrics
 from mamljax.rl.collect import Collector, collector
 from mamljax.rl.environment import Environment
 from mamljax.rl.maml_rl import InnerObjective, maml_rl
-from mamljax.rl.observed import with_task_observed
 from mamljax.rl.promp import promp
 from mamljax.rl.trpo import HessianVectorProduct, trpo
+from mamljax.rl.wrappers import with_task_observed
 from mamljax.rules import all_but
 from mamljax.types import MetaLearner, Metrics, State
 
@@ -31,7 +31,7 @@ ADAPTING = ("maml", "fomaml", "promp", "context")  # in training already
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
 FIRST = "return of the first of the trajectories in a row"
 METRICS = ("return", "return_of_first", "unstable")
-TUNING_SEED, TEST_SEED = 1_000_001, 1_000_002
+VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 Method = Literal["maml", "fomaml", "promp", "context", "pretrained", "random", "oracle"]
 
 
@@ -45,10 +45,10 @@ class Options(runner.Options):
     (oracle). The pretrained and the untrained policy are fine-tuned with a step size that is tuned for them."""
     num_tasks: int = 20
     trajectories: int = 20
-    """K, trajectories before and after each adaptation step in training. Where they end early further ones follow, so that
-    there are nearly K x H steps to learn from, as in the authors' code."""
+    """E, trajectories before and after each adaptation step in training. Where they end early further ones follow, so that
+    there are nearly E x T steps to learn from, as in the authors' code."""
     horizon: int = 100
-    """H, environment steps after which a trajectory ends."""
+    """T, environment steps after which a trajectory ends."""
     discount: float = 0.99
     """Discount factor, by environment step."""
     gae_lambda: float = 1.0
@@ -165,7 +165,7 @@ def train(method: Method, options: Options, run: runner.Run, env: Environment) -
 
     def validation_error(state: State) -> Array:
         """Minus the mean return over the steps of adaptation; before any, for methods that do not adapt in training."""
-        metrics = evaluate(learner, state, env.sample_task, key=jax.random.key(TUNING_SEED), num_tasks=options.eval_tasks)
+        metrics = evaluate(learner, state, env.sample_task, key=jax.random.key(VALIDATION_SEED), num_tasks=options.eval_tasks)
         return -metrics["return"][:, int(method in ADAPTING) :].mean()
 
     result = run.train(method, learner, env.sample_task, validate_fn=validation_error)
@@ -242,7 +242,7 @@ def _measure(states: State, lr: Array, key: Array, *, method: Method, options: O
 
 def tuned_lr(method: Method, options: Options, env: Environment, states: State) -> float:
     """The step size of fine-tuning with the highest return on tasks of its own, over all steps and seeds."""
-    measured = (measure(method, options, env, states, lr, seed=TUNING_SEED) for lr in options.tuning_lrs)
+    measured = (measure(method, options, env, states, lr, seed=VALIDATION_SEED) for lr in options.tuning_lrs)
     returns = [np.asarray(metrics["return"])[..., 1:].mean() for metrics in measured]  # on the host, from all devices
     if np.isnan(returns).all():
         raise ValueError(f"none of --tuning-lrs, {options.tuning_lrs}, has finite returns. Give smaller ones.")

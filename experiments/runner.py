@@ -26,13 +26,13 @@ import tyro
 from processes import join_processes
 
 from mamljax import report
-from mamljax.checkpoint import CheckpointError, claim_directory
 from mamljax.checks import check_count
 from mamljax.data.bank import DataError
 from mamljax.devices import is_first_host, on, task_mesh
 from mamljax.divergence import DivergenceError
 from mamljax.files import user_cache, write_atomically
 from mamljax.record import best_update
+from mamljax.run_directory import CheckpointError, claim_directory
 from mamljax.train import Result, fit
 from mamljax.types import MetaLearner
 
@@ -177,7 +177,7 @@ def tasks_at_a_time(options: AnyOptions, *, at_least: int = 1) -> int:
 
 
 def _check_ranges(options: Options) -> None:
-    """Every count is at least one and every size positive; none of the options means anything else."""
+    """Raise `ValueError` unless every count is at least one and every size positive, but for those that may be zero."""
     for name, value in vars(options).items():
         flag = "--" + name.replace("_", "-")
         for item in value if isinstance(value, tuple) else (value,):

@@ -26,7 +26,7 @@ from mamljax.maml import fine_tune, maml
 from mamljax.models import mlp
 from mamljax.reptile import reptile
 from mamljax.tasks.sinusoid import INPUT, sinusoid
-from mamljax.types import Model, State
+from mamljax.types import MetaLearner, Model, PyTree, State
 
 SOURCE = "Finn et al. 2017, table 2"
 PUBLISHED = {  # mean squared error, 5-shot, by number of adaptation steps
@@ -113,54 +113,37 @@ def execute(options: Options, run: runner.Run) -> None:
             lr = tuned_lr(options, states, shots=shots) if method in TUNED else options.inner_lr
             fits.setdefault(method, (jax.tree.map(lambda leaf: leaf[0], states), lr))
             errors = query_errors(states, lr, options=options, oracle=method == "oracle", shots=shots, seed=TEST_SEED)
-            mean, ci95 = mean_and_ci95(errors)
-            rows += report.rows_over_steps(
-                mean,
-                ci95,
-                method=method,
-                setting=f"{shots}-shot",
-                protocol=options.protocol,
-                metric="mse",
-                tasks=options.eval_tasks,
-                published=PUBLISHED.get(method, {}) if shots == 5 else {},
-                source=SOURCE,
-                note=f"step size {lr:g}" if method in TUNED else "",
-                **run.effort(method),
-            )
+            fields = {"method": method, "setting": f"{shots}-shot", "protocol": options.protocol, "tasks": options.eval_tasks}
+            fields |= {"note": f"step size {lr:g}" if method in TUNED else "", **run.effort(method)}
+            published = PUBLISHED.get(method, {}) if shots == 5 else {}
+            rows += report.rows_over_steps(*mean_and_ci95(errors), metric="mse", published=published, source=SOURCE, **fields)
     results = run.write(rows)
     report.learning_curves(results, options.out / "learning_curves.png")
     draw_fits(options, fits, options.out / "fits.png")
 
 
-def train(method: Method, options: Options, run: runner.Run) -> tuple[State, int]:
-    """Train a method from every seed; returns the states [seeds] and the number of meta-updates done."""
+def build_learner(method: Method, options: Options) -> MetaLearner:
+    """Build the learner of a method."""
     oracle = method == "oracle"
     model, tx = network(options, oracle=oracle), optax.adam(options.meta_lr)
+    adaptation = {"rule": options.inner_lr, "eval_steps": 0 if oracle else options.eval_steps}
     if method in ("maml", "fomaml"):
-        learner = maml(
-            model,
-            mse,
-            rule=options.inner_lr,
-            inner_steps=options.inner_steps,
-            eval_steps=options.eval_steps,
-            tx=tx,
-            differentiation="first_order" if method == "fomaml" else options.differentiation,
-        )
-    elif method == "reptile":
-        sizes = {name: getattr(options, name) for name in ("inner_steps", "batch_size", "eval_steps")}
-        learner = reptile(model, mse, rule=options.inner_lr, tx=tx, **sizes)
-    elif method in PENALTIES:
-        learner = multi_task(
-            model,
-            mse,
-            task_tx=tx,
-            task_steps=options.task_steps,
-            rule=options.inner_lr,
-            eval_steps=options.eval_steps,
-            penalty=lambda *params: options.penalty * PENALTIES[method](*params),
-        )
-    else:
-        learner = pretrain(model, mse, rule=options.inner_lr, eval_steps=0 if oracle else options.eval_steps, tx=tx)
+        mode = "first_order" if method == "fomaml" else options.differentiation
+        return maml(model, mse, inner_steps=options.inner_steps, tx=tx, differentiation=mode, **adaptation)
+    if method == "reptile":
+        return reptile(model, mse, inner_steps=options.inner_steps, batch_size=options.batch_size, tx=tx, **adaptation)
+    if method in PENALTIES:
+
+        def penalty(params: PyTree, mean: PyTree) -> Array:
+            return options.penalty * PENALTIES[method](params, mean)
+
+        return multi_task(model, mse, task_tx=tx, task_steps=options.task_steps, penalty=penalty, **adaptation)
+    return pretrain(model, mse, tx=tx, **adaptation)  # also the oracle, and the untrained network
+
+
+def train(method: Method, options: Options, run: runner.Run) -> tuple[State, int]:
+    """Train a method from every seed; returns the states [seeds] and the number of meta-updates done."""
+    oracle, learner = method == "oracle", build_learner(method, options)
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
 

@@ -1,31 +1,20 @@
 """Checkpoints that survive kills, full disks and corruption; Orbax underneath."""
 
-import json
 import os
-import reprlib
 import shutil
 import sys
 import zlib
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
-from mamljax.files import write_atomically
+from mamljax.run_directory import CheckpointError, claim_directory
 from mamljax.types import PyTree
-
-ABRIDGED = reprlib.Repr()  # of lists, such as those of all classes, a few entries
-ABRIDGED.maxlist, ABRIDGED.maxdict, ABRIDGED.maxstring, ABRIDGED.maxother = 4, 50, 100, 100
-
-
-class CheckpointError(Exception):
-    """A checkpoint or its directory cannot be used; the message says why and what to do."""
 
 
 class Checkpoints:
@@ -133,110 +122,6 @@ class Checkpoints:
         aside.mkdir(exist_ok=True)
         shutil.rmtree(aside / str(step), ignore_errors=True)
         (self.directory / "steps" / str(step)).rename(aside / str(step))
-
-
-def claim_directory(
-    directory: Path, config: dict[str, Any], *, defaults: Mapping[str, Any] = {}, free: Collection[str] = ()
-) -> None:
-    """Write `config.json` into a directory, or check that the one in there says the same.
-
-    One of a command that was refused, and so left nothing else, is replaced.
-
-    Args:
-        directory: made if it is missing.
-        config: JSON values.
-        defaults: what entries that are not in there count as: a run of an earlier version lacks those that came later, whose
-            defaults must let it go on as it began.
-        free: entries in there that count for nothing: those of an earlier version that may differ since.
-
-    Raises:
-        CheckpointError: it says something else, cannot be read, or the directory cannot be written.
-    """
-    make_directory(directory)
-    path = directory / "config.json"
-    config = {name: _json_value(name, value) for name, value in config.items()}
-    if not path.exists():
-        _write_config(path, config)
-    saved = {name: value for name, value in read_config(directory).items() if name not in free}
-    found = {**defaults, **saved}
-    # As JSON, in which a NaN equals a NaN.
-    keys = [key for key in sorted(config.keys() | found.keys()) if json.dumps(config.get(key)) != json.dumps(found.get(key))]
-    if keys and found.keys() == config.keys() and not _is_used(directory):
-        _write_config(path, config)
-    elif keys:
-        shown = [key for key in keys if key in saved] or keys  # not what only counts as being there
-        sides = [{key: side.get(key) for key in shown} for side in (found, config)]
-        there, given = map(ABRIDGED.repr, sides)
-        if there == given:  # they differ in what was left out
-            there, given = map(repr, sides)
-        raise CheckpointError(
-            f"{directory} holds a run of another configuration: it has {there}, this one {given}. "
-            "Choose another directory, or delete that one."
-        )
-
-
-def _json_value(name: str, value: Any) -> Any:
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError as error:
-        raise ValueError(
-            f"config[{name!r}] must be made of numbers, strings, lists and dicts, got {value!r} ({error}). "
-            "Convert it, for example by float or str."
-        ) from error
-
-
-def _write_config(path: Path, config: dict[str, Any]) -> None:
-    try:
-        write_atomically(path, json.dumps(config, indent=1) + "\n")
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {path.parent}: {error.strerror}. Choose another directory.") from error
-
-
-def make_directory(directory: Path) -> None:
-    """Make a directory, and those above it.
-
-    Raises:
-        CheckpointError: it cannot be made.
-    """
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise CheckpointError(f"cannot write to {directory}: {error.strerror}. Choose another directory.") from error
-
-
-def read_config(directory: Path) -> dict[str, Any]:
-    """Read the configuration of the run in a directory.
-
-    Raises:
-        CheckpointError: there is none, or it is not one.
-    """
-    path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text())
-    except OSError as error:
-        raise CheckpointError(
-            f"{directory} holds no training run (config.json: {error.strerror}). Train first, or choose another one."
-        ) from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}). Delete that directory, or choose another one.") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path} is not a JSON object, but {config!r}. Delete that directory, or choose another one.")
-    return config
-
-
-def _is_used(directory: Path) -> bool:
-    """Whether a run has left more than its configuration, or is at work."""
-    if (directory / "results.json").exists() or any(directory.glob("**/steps/*")):
-        return True
-    return any(map(_is_locked, directory.glob("checkpoints/*/lock")))
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with filelock.FileLock(path).acquire(blocking=False):
-            return False
-    except filelock.Timeout:
-        return True
 
 
 def _is_key(leaf: Any) -> bool:

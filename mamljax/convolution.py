@@ -37,6 +37,7 @@ def convolution(kernel: Array, size: tuple[int, int], stride: int = 1) -> Callab
 def by_patches(kernel: Array, x: Array, *, stride: int = 1) -> Array:
     """Convolve [n, H, W, C] by one product of all 3x3 neighbourhoods with the kernel."""
     sizes = [-(-size // stride) for size in x.shape[1:3]]
+    # As XLA pads for "SAME": where the padding is odd, one more at the end.
     missing = [max((size - 1) * stride + 3 - old, 0) for size, old in zip(sizes, x.shape[1:3], strict=True)]
     x = jnp.pad(x, ((0, 0), *((pad // 2, pad - pad // 2) for pad in missing), (0, 0)))
     rows, columns = ((size - 1) * stride + 1 for size in sizes)

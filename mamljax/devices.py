@@ -18,6 +18,8 @@ from mamljax.types import PyTree
 
 EVERYWHERE = PartitionSpec()  # a copy on each device
 BY_TASK = PartitionSpec("tasks")  # the leading axis divided among them
+# Otherwise JAX sums gradients in what all devices have alike, the parameters, over the devices: here each has its own.
+PER_DEVICE = {"check_vma": False}
 
 
 def task_mesh(devices: Mesh | int | None = None) -> Mesh:
@@ -65,7 +67,7 @@ def divide(
     if num_shares() == 1:
         return fn(common, tasks)
     specs = {"in_specs": (common_spec, BY_TASK), "out_specs": BY_TASK}
-    return jax.shard_map(fn, check_vma=False, **specs)(common, tasks)
+    return jax.shard_map(fn, **specs, **PER_DEVICE)(common, tasks)
 
 
 def mean_over_devices(fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, tasks: PyTree) -> PyTree:
@@ -73,7 +75,7 @@ def mean_over_devices(fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, ta
     if num_shares() == 1:
         return fn(common, tasks)
     specs = {"in_specs": (EVERYWHERE, BY_TASK), "out_specs": EVERYWHERE}
-    return jax.shard_map(lambda *args: lax.pmean(fn(*args), "tasks"), check_vma=False, **specs)(common, tasks)
+    return jax.shard_map(lambda *args: lax.pmean(fn(*args), "tasks"), **specs, **PER_DEVICE)(common, tasks)
 
 
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:

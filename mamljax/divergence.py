@@ -1,4 +1,4 @@
-"""Divergence: what is no longer finite is said at once, and never saved."""
+"""Divergence: a training that is no longer finite stops at once, and is never saved so."""
 
 import jax
 import numpy as np

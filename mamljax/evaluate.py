@@ -67,7 +67,8 @@ def _evaluate(learner: MetaLearner, num_tasks: int, chunk_size: int, state: Stat
 
     warn_of_constant_tasks(sample, key)
     keys = jax.random.split(key, num_tasks)
-    filled = keys[jnp.arange(num_tasks + -num_tasks % num_shares()) % num_tasks]  # to a multiple of the devices
+    # Devices take equal shares: the first tasks once more fill the last share, and are left out of the result.
+    filled = keys[jnp.arange(num_tasks + -num_tasks % num_shares()) % num_tasks]
     return jax.tree.map(lambda leaf: leaf[:num_tasks], divide(share, (state, sample), filled))
 
 

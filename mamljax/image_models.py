@@ -32,6 +32,7 @@ class BatchStatNorm(linen.Module):
         """Return the normalisation of examples [n, ..., C], or of any of them, by the `moments` [n, 1, ..., C] of all."""
         means, variances = means[: self.reference], variances[: self.reference]
         mean = means.mean(0, keepdims=True)
+        # The variance of all numbers: the mean of that within examples, and that between their means.
         variance = (variances + (means - mean) ** 2).mean(0, keepdims=True)
         factor = lax.rsqrt(variance + self.epsilon)
         if self.use_scale:
@@ -100,9 +101,9 @@ class StridedConvNet(linen.Module):
 class PooledConvNet(linen.Module):
     """The miniImageNet network: blocks of [3x3 convolution, normalisation, ReLU, 2x2 max-pooling], linear.
 
-    Pooling goes before normalisation and ReLU, which keep the order of numbers: that is the same function, unless a scale is
-    learned and becomes negative, and leaves them a quarter of the work. The statistics are those of all numbers. So a block
-    begins with what the one before left to be done.
+    It pools before it normalises and rectifies. Both of these are monotone, so that the function is the same (unless a learned
+    scale becomes negative) for a quarter of the work; the statistics are still those of all activations, before pooling. Each
+    block leaves normalisation and ReLU to the next one, which applies them to its input piece by piece.
     """
 
     ways: int | None  # None for the features alone, [n, d]
@@ -139,8 +140,8 @@ def _pool_and_moments(x: Array) -> tuple[Array, tuple[Array, Array]]:
 def _max_pool(x: Array) -> Array:
     """The maximum of each 2x2 block of [n, H, W, C], without overlap and without a rest: [n, H // 2, W // 2, C].
 
-    By `where`, and not by `max`: the derivative of that asks which numbers equal the maximum, and none does where a compiled
-    program has calculated them twice, with different rounding. Then parts of second derivatives are silently lost.
+    By `where`, and not by `max`, whose derivative asks which of its inputs equal the maximum: in a compiled program that has
+    computed the two separately, with different rounding, none does, and parts of second derivatives are silently lost.
     """
     rows, columns = (size // 2 * 2 for size in x.shape[1:3])
     x = x[:, :rows, :columns]

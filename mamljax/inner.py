@@ -67,12 +67,13 @@ def adapt(
     path = [_with_axis(params)]
     carry = (params, rule.init(params))
     num_steps = leading_length(data)
-    apart = num_steps == 1 or (num_steps > 1 and unroll_first)
-    if apart:
+    # The carry of a scan has a task axis from the start under `vmap`. (And a lone step needs no scan.)
+    first_apart = num_steps == 1 or (num_steps > 1 and unroll_first)
+    if first_apart:
         carry, stepped = step(carry, jax.tree.map(lambda leaf: leaf[0], data))
         path.append(_with_axis(stepped))
         data = jax.tree.map(lambda leaf: leaf[1:], data)
-    if num_steps > int(apart):  # `vmap` gives the carry of this loop a task axis from the start
+    if num_steps > int(first_apart):
         carry, stepped = lax.scan(step, carry, data)
         path.append(stepped)
     return carry[0], jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *path)

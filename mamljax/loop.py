@@ -33,16 +33,17 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_s
     def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
         tasks = jax.eval_shape(jax.vmap(sample), jax.random.split(key, num_tasks))
         if not jax.tree.leaves(tasks):
-            raise ValueError("the sampler must return a task, such as Task(support, query), got none of its arrays.")
+            raise ValueError("the sampler must return a task, such as Task(support, query), got a pytree without arrays.")
         warn_of_constant_tasks(sample, key)
         ahead = _num_drawn_ahead(tasks, length)
         log = _empty_log(jax.eval_shape(update_state, key, state, tasks)[1], length)
 
         def block(number: Array, carry: tuple) -> tuple:
-            """Those of `ahead` updates that belong to this call."""
+            """Run the updates of block `number` that lie in this call."""
             # Blocks begin at multiples of `ahead`: tasks of updates before `start` or from `stop` on are drawn and not used.
             first = number * ahead
             task_keys, update_keys = jax.vmap(lambda t: _keys_of_update(key, t, num_tasks))(first + jnp.arange(ahead))
+            # Tasks first, as that is the axis which devices divide.
             tasks = divide(draw, sample, task_keys.swapaxes(0, 1), common_spec=sampler_spec)  # [num_tasks, ahead, ...]
 
             def update(t: Array, carry: tuple) -> tuple:
@@ -80,7 +81,7 @@ def _keys_of_update(key: Array, t: Array, num_tasks: int) -> tuple[Array, Array]
     return jax.random.split(sample_key, num_tasks), update_key
 
 
-def preparation(
+def sampler_by_update(
     sample: SampleFn, key: Array, num_tasks: int, length: int, mesh: Mesh | None
 ) -> tuple[Callable[[int], SampleFn], PartitionSpec]:
     """Build the function from a meta-update to a sampler, on its devices, that serves it and the next `length - 1`.
@@ -97,6 +98,7 @@ def preparation(
     def task_keys(start: Array) -> Array:
         of_update = jax.vmap(lambda key, t: _keys_of_update(key, t, num_tasks)[0], in_axes=(None, 0))
         keys = jax.vmap(of_update, in_axes=(0, None))(key.reshape(-1), start + jnp.arange(length))
+        # Devices first, as the sampler's arrays are divided by their leading axis: each then finds the keys of its own tasks.
         by_device = jnp.moveaxis(keys.reshape(-1, length, len(devices), num_tasks // len(devices)), 2, 0)
         return by_device[mine].reshape(-1)
 
@@ -108,7 +110,7 @@ def preparation(
     return sampler_from, BY_TASK
 
 
-def over_seeds(shape: tuple[int, ...], fn: Callable, in_axes: int | tuple = 0) -> Callable:
+def vmap_over_seeds(shape: tuple[int, ...], fn: Callable, in_axes: int | tuple = 0) -> Callable:
     """Map `fn` over a seed axis, if there is one. A lone seed runs without: a batch axis of one costs a fifth of the speed."""
     if shape == ():
         return fn

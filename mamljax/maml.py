@@ -89,12 +89,12 @@ def fine_tune(
     unroll_first: bool = True,
 ) -> tuple[PyTree, PyTree]:
     """Take `num_steps` steps of `rule`, each on the whole support set; options and result are those of `inner.adapt`."""
-    rule = as_rule(rule, {}, differentiable=False)  # whoever learns through it checks its derivatives
 
-    def support_loss(params: PyTree, step: Array) -> Array:
+    def support_loss(params: PyTree, step: Array) -> Array:  # the same at each step, whose numbers alone are the data
         return loss_fn(model.apply(params, support.x), support.y)
 
-    return adapt(support_loss, params, jnp.arange(num_steps), rule, differentiation=differentiation, unroll_first=unroll_first)
+    how = {"differentiation": differentiation, "unroll_first": unroll_first}
+    return adapt(support_loss, params, jnp.arange(num_steps), as_rule(rule), **how)
 
 
 def learning_curve(

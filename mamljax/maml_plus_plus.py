@@ -43,8 +43,8 @@ def maml_plus_plus(
         loss_fn: (outputs, targets) -> scalar, the mean over examples.
         rule: the inner step size, or any Optax transformation; that of `rules.learned_by_step` in the paper.
         inner_steps: S, adaptation steps in training; 5 in the paper.
-        multi_step_updates: T; 5,000 for Omniglot in the authors' settings, 7,500 for miniImageNet. Several seeds in one program
-            calculate both losses all the time.
+        multi_step_updates: T; 5,000 for Omniglot in the authors' settings, 7,500 for miniImageNet. With several seeds in
+            one program both losses are computed throughout, as `vmap` takes both branches of a condition.
         eval_steps: adaptation steps in evaluation.
         tx: the outer optimiser; Adam in the paper, its step size falling along a cosine from 1e-3 to 1e-5.
         differentiation: "mixed" or "reverse" (both exact), or "first_order"; see `inner.adapt`.
@@ -91,6 +91,7 @@ def maml_plus_plus(
     def update_weighted(key: Array, state: State, tasks: Task) -> tuple[State, Metrics]:
         earlier = jnp.full(inner_steps - 1, (1 - state.extra / multi_step_updates) / inner_steps)
         weights = jnp.append(earlier, 1 - earlier.sum())
+        # A copy for each task, as `meta_learner` maps over the tasks all that it is given.
         weights_by_task = jnp.broadcast_to(weights, (len(jax.tree.leaves(tasks)[0]), inner_steps))
         return weighted.update(key, state, (tasks, weights_by_task))
 

@@ -153,7 +153,7 @@ def from_nnx(build: "Callable[[nnx.Rngs], nnx.Module]") -> Model:
     >>> model.apply(model.init(jax.random.key(0)), jnp.ones((5, 3))).shape
     (5, 2)
     """
-    from flax import nnx  # takes a third of a second, which those who need it not should not wait for
+    from flax import nnx  # takes a third of a second: only those who need it wait for it
 
     if isinstance(build, nnx.Module) or not callable(build):
         wanted = "a function that makes the module, lambda rngs: nnx.Linear(1, 1, rngs=rngs) for example"

@@ -63,12 +63,12 @@ def meta_learner(
                 return task_loss(params, jax.tree.map(lambda leaf: leaf[0], data))
             return jax.vmap(task_loss, in_axes=(None, 0))(params, data).mean()
 
-        def over_all(fn: Callable[[PyTree, PyTree], PyTree], params: PyTree) -> PyTree:
+        def mean_over_tasks(fn: Callable[[PyTree, PyTree], PyTree], params: PyTree) -> PyTree:
             # `jit` keeps the trace: `_mean_over_chunks` first asks for the shapes of the results, and then calls it.
             return mean_over_devices(partial(_mean_over_chunks, jax.jit(fn), chunk_size), params, data)
 
-        loss, grads = over_all(jax.value_and_grad(meta_loss), state.params)
-        value_fn = partial(over_all, meta_loss)
+        loss, grads = mean_over_tasks(jax.value_and_grad(meta_loss), state.params)
+        value_fn = partial(mean_over_tasks, meta_loss)
         updates, opt = tx.update(grads, state.opt, state.params, value=loss, grad=grads, value_fn=value_fn)
         metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return state._replace(params=optax.apply_updates(state.params, updates), opt=opt), metrics
@@ -78,7 +78,8 @@ def meta_learner(
 
 def _mean_over_chunks(fn: Callable[[PyTree, PyTree], PyTree], chunk_size: int | None, params: PyTree, data: PyTree) -> PyTree:
     """The mean of `fn(params, chunk)` over chunks of the leading axis of `data`, one after the other."""
-    num_tasks = len(jax.tree.leaves(data)[0])
+    num_tasks = len(jax.tree.leaves(data)[0])  # of one device
+    # A chunk may exceed the share of a device, though not the meta-batch: then the share is one chunk.
     if chunk_size is None or num_tasks <= chunk_size <= num_tasks * num_shares():
         return fn(params, data)
     if num_tasks % chunk_size:

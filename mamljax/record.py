@@ -9,8 +9,9 @@ from typing import Any
 
 import filelock
 
-from mamljax.checkpoint import CheckpointError, Checkpoints, make_directory
+from mamljax.checkpoint import Checkpoints
 from mamljax.files import write_atomically
+from mamljax.run_directory import CheckpointError, make_directory
 from mamljax.types import PyTree
 
 

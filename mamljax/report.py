@@ -51,7 +51,7 @@ class ResultsError(Exception):
 def rows_over_steps(
     mean: Sequence[float], ci95: Sequence[float], *, published: Mapping[int, float] = {}, source: str = "", **fields: Any
 ) -> list[Row]:
-    """Make a row of each adaptation step.
+    """Make one row for each adaptation step.
 
     Args:
         mean, ci95: [S + 1].
@@ -159,7 +159,7 @@ def cell(row: Row) -> str:
 
 
 def trained_for(row: Row) -> str:
-    """How far the training went that a number is of, as tables have it."""
+    """How long the method behind a number was trained, as tables say it."""
     seconds = "" if row.seconds is None else f", {row.seconds:,.0f} s"
     best = "" if row.best_update in (None, row.meta_updates) else f" (best at {row.best_update:,})"
     return f"{row.meta_updates:,} meta-updates{best}, {_plural(row.seeds, 'seed')}{seconds}"
@@ -264,7 +264,7 @@ def _beside_published(row: Row) -> str:
 
 
 def _number(value: float, *, like: float | None = None) -> str:
-    """Three decimals below 10, else one; an interval has as many as its mean. Rounding errors are in powers of ten."""
+    """Three decimals below 10, else one; an interval has as many as its mean. Below 1e-4, powers of ten."""
     if like is None and 0 < abs(value) < 1e-4:
         return f"{value:.1e}"
     return f"{value:.3f}" if abs(value if like is None else like) < 10 else f"{value:.1f}"

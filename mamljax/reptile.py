@@ -63,10 +63,10 @@ def reptile(
     def half_squared_distance(params: PyTree, task: Task) -> Array:
         check_task(task)
         pooled = jax.tree.map(lambda *parts: jnp.concatenate(parts), task.support, task.query)
-        number = len(jax.tree.leaves(pooled)[0])
-        if batch_size > number:
-            raise ValueError(f"batch_size must be at most the {number} examples of a task, got {batch_size}.")
-        mixed = np.random.default_rng(0).permutation(number)  # images of an episode come class by class
+        count = len(jax.tree.leaves(pooled)[0])
+        if batch_size > count:
+            raise ValueError(f"batch_size must be at most the {count} examples of a task, got {batch_size}.")
+        mixed = np.random.default_rng(0).permutation(count)  # images of an episode come class by class
         in_turn = mixed[np.arange(inner_steps * batch_size) % len(mixed)].reshape(inner_steps, batch_size)
 
         def loss(params: PyTree, batch: Examples) -> Array:

@@ -17,15 +17,27 @@ from mamljax.types import Model, PyTree
 
 
 class RuleLearningModel(Model):
-    """A network whose parameters have those of the inner rule beside them, which was returned with it."""
+    """A model that has the parameters of a learned inner rule among its own; for use with the rule that came with it."""
 
 
 Rule: TypeAlias = float | Array | optax.GradientTransformation  # a step size stands for gradient descent
 PROBED_STEPS = 8  # rectified Adam changes its rule within the first few
 
 
-def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.GradientTransformation:
-    """Make an inner rule of a step size, or check that a transformation has finite meta-gradients.
+def as_rule(rule: Rule) -> optax.GradientTransformation:
+    """Make an inner rule of a step size; an Optax transformation stays as it is, and its derivatives are not looked at."""
+    if _is_number(rule):
+        check_step_size(rule)
+        return optax.sgd(rule)
+    if not isinstance(rule, optax.GradientTransformation):
+        raise ValueError(
+            f"rule must be a step size or an Optax transformation, got {rule!r}. For a schedule pass optax.sgd(schedule)."
+        )
+    return rule
+
+
+def checked_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.GradientTransformation:
+    """Make an inner rule as `as_rule` does, and check that it works on these parameters and has finite meta-gradients.
 
     Args:
         rule: a step size, which stands for gradient descent, or any Optax transformation. Under `vmap` or `jit` over step
@@ -43,14 +55,13 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
     """
     check_params(params)
     if _is_number(rule):
-        check_step_size(rule)
-        return optax.sgd(rule)
-    if not isinstance(rule, optax.GradientTransformation):
-        raise ValueError(
-            f"rule must be a step size or an Optax transformation, got {rule!r}. For a schedule pass optax.sgd(schedule)."
-        )
-    if not jax.tree.leaves(params):
-        return rule
+        return as_rule(rule)
+    _check_updates(as_rule(rule), params, differentiable=differentiable)
+    return rule
+
+
+def _check_updates(rule: optax.GradientTransformation, params: PyTree, *, differentiable: bool) -> None:
+    """Take a few steps with gradients as they occur; raise `ValueError` if the rule fails, or its derivative is not finite."""
 
     def total_update(gradient: PyTree, params: PyTree) -> Array:
         def step(opt: PyTree, _: None) -> tuple[PyTree, Array]:
@@ -63,7 +74,7 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
     try:
         if not differentiable:
             jax.eval_shape(total_update, ones, ones)
-            return rule
+            return
         slope = jax.jit(jax.grad(total_update))
         derivatives = jax.tree.leaves([slope(gradient, ones) for gradient in _with_dead_units(ones)])
     except (AttributeError, TypeError) as error:
@@ -79,14 +90,13 @@ def as_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.Gradie
             "the inner rule has no finite derivative where entries or whole arrays of the gradient are zero, so meta-gradients "
             "would be NaN. For Adam and its kin pass eps_root=1e-8; or choose differentiation='first_order' where there is one."
         )
-    return rule
 
 
 def rule_for(model: Model, rule: Rule, *, differentiable: bool) -> optax.GradientTransformation:
-    """Make an inner rule for the parameters of a model, as `as_rule` does.
+    """Make an inner rule for the parameters of a model, as `checked_rule` does.
 
     Raises:
-        ValueError: as `as_rule`; it is no `Model`; or one that learns its rule, with a step size.
+        ValueError: as `checked_rule`; or `model` is not a `Model`, or learns its own rule and is given a step size instead.
     """
     if not isinstance(model, Model):
         raise ValueError(f"model must be a Model, got {type(model).__name__}. Make one by models.from_linen or from_nnx.")
@@ -94,11 +104,11 @@ def rule_for(model: Model, rule: Rule, *, differentiable: bool) -> optax.Gradien
         raise ValueError(
             f"the model learns its own inner rule, and would learn nothing of it with rule={rule}. Pass that rule."
         )
-    return as_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=differentiable)
+    return checked_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=differentiable)
 
 
 def check_step_size(inner_lr: float) -> None:
-    """The step size is a positive and finite number, or a traced one; else `ValueError`."""
+    """Raise `ValueError` unless the step size is a positive and finite number, or a traced one."""
     if not (_is_number(inner_lr) and (isinstance(inner_lr, Tracer) or (math.isfinite(inner_lr) and inner_lr > 0))):
         raise ValueError(f"the inner step size must be positive and finite, got {inner_lr}. The paper uses 0.01 to 0.4.")
 
@@ -113,7 +123,7 @@ def _with_dead_units(ones: PyTree) -> list[PyTree]:
     """Gradients with the zeros that dead ReLUs leave: a first entry of each array; every other array, and then the others."""
     leaves, structure = jax.tree.flatten(ones)
     first_entries = [np.append(0, leaf.ravel()[1:]).astype(leaf.dtype).reshape(leaf.shape) for leaf in leaves]
-    whole = [[leaf * ((number + parity) % 2) for number, leaf in enumerate(leaves)] for parity in (0, 1)]
+    whole = [[leaf * ((index + parity) % 2) for index, leaf in enumerate(leaves)] for parity in (0, 1)]
     # Not all at once: the norm of a gradient of zero has no derivative, which is no reason to refuse a rule that clips it.
     return [structure.unflatten(gradient) for gradient in (first_entries, *(whole if len(leaves) > 1 else ()))]
 
@@ -159,8 +169,8 @@ def learned_by_step(
         model: the network.
         inner_lr: the value at which all step sizes begin; positive and finite.
         inner_steps: S, steps that have step sizes of their own; further ones in evaluation go on with the last.
-        per_step: names on the paths of parameters, as for `all_but`, of which the network has other values after each step.
-            They are not adapted; the outer loop alone learns them.
+        per_step: names on the paths of parameters, as for `all_but`: of these the network has separate values before the first
+            and after every step. They are not adapted; the outer loop alone learns them.
 
     Returns:
         A model whose params are a dict of "theta", the network's, those named by `per_step` with a leading axis [S + 1]; of
@@ -175,33 +185,31 @@ def learned_by_step(
     check_step_size(inner_lr)
     check_count("inner_steps", inner_steps)
     names = {per_step} if isinstance(per_step, str) else {*per_step}
-    named = _named(names, jax.eval_shape(model.init, jax.random.key(0)))
+    by_step = _mask_of(names, jax.eval_shape(model.init, jax.random.key(0)))
 
     def init(key: Array) -> PyTree:
-        theta = jax.tree.map(
-            lambda leaf, named: jnp.stack([leaf] * (inner_steps + 1)) if named else leaf, model.init(key), named
-        )
+        theta = jax.tree.map(lambda leaf, own: jnp.stack([leaf] * (inner_steps + 1)) if own else leaf, model.init(key), by_step)
         step_sizes = jax.tree.map(lambda leaf: jnp.full(inner_steps, inner_lr, leaf.dtype), theta)
         return {"theta": theta, "step_sizes": step_sizes, "step": jnp.zeros(())}
 
     def apply(params: PyTree, x: Array) -> Array:
-        step = _index(params["step"], inner_steps + 1)
-        return model.apply(jax.tree.map(lambda leaf, named: leaf[step] if named else leaf, params["theta"], named), x)
+        step = _step_index(params["step"], inner_steps + 1)
+        return model.apply(jax.tree.map(lambda leaf, own: leaf[step] if own else leaf, params["theta"], by_step), x)
 
     def advance(gradient: PyTree, params: PyTree) -> PyTree:
-        step = _index(params["step"], inner_steps)
+        step = _step_index(params["step"], inner_steps)
 
-        def update(slope: Array, sizes: Array, named: bool) -> Array:
-            return jnp.zeros_like(slope) if named else -sizes[step] * slope
+        def update(slope: Array, sizes: Array, own: bool) -> Array:
+            return jnp.zeros_like(slope) if own else -sizes[step] * slope
 
-        theta = jax.tree.map(update, gradient["theta"], params["step_sizes"], named)
+        theta = jax.tree.map(update, gradient["theta"], params["step_sizes"], by_step)
         step_sizes = jax.tree.map(jnp.zeros_like, params["step_sizes"])
         return {"theta": theta, "step_sizes": step_sizes, "step": jnp.ones_like(params["step"])}
 
     return RuleLearningModel(init, apply), optax.stateless(advance)
 
 
-def _index(step: Array, length: int) -> Array:
+def _step_index(step: Array, length: int) -> Array:
     """The number of a step, which is a parameter and therefore floating-point, as an index; the last of all beyond."""
     return jnp.minimum(step.astype(int), length - 1)
 
@@ -226,16 +234,15 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
     frozen = {frozen} if isinstance(frozen, str) else {*frozen}
 
     def labels(params: PyTree) -> PyTree:
-        named = _named(frozen, params)
-        if frozen and all(jax.tree.leaves(named)):
+        is_frozen = _mask_of(frozen, params)
+        if frozen and all(jax.tree.leaves(is_frozen)):
             raise ValueError(f"{sorted(frozen)} are all the parameters there are. Leave some to adapt.")
-        return jax.tree.map(lambda named: "frozen" if named else "adapted", named)
+        return jax.tree.map(lambda is_frozen: "frozen" if is_frozen else "adapted", is_frozen)
 
-    adapted = as_rule(rule, {}, differentiable=False)  # whoever uses it checks its derivatives
-    return optax.partition({"frozen": optax.set_to_zero(), "adapted": adapted}, labels)
+    return optax.partition({"frozen": optax.set_to_zero(), "adapted": as_rule(rule)}, labels)
 
 
-def _named(names: set[str], params: PyTree) -> PyTree:
+def _mask_of(names: set[str], params: PyTree) -> PyTree:
     """Which parameters have one of these names on their paths; raises `ValueError` for a name that none has."""
 
     def on_path(path: tuple) -> set[str]:

@@ -11,21 +11,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from tqdm import tqdm
 
-from mamljax.checkpoint import CheckpointError, Checkpoints, read_config
+from mamljax.checkpoint import Checkpoints
 from mamljax.checks import check_count, check_counts
 from mamljax.devices import any_host, from_first_host, is_first_host, on, place, take_back, task_mesh
 from mamljax.divergence import finite_means
 from mamljax.interruption import interruptions
-from mamljax.loop import INIT, meta_updates, over_seeds, preparation
+from mamljax.loop import INIT, meta_updates, sampler_by_update, vmap_over_seeds
 from mamljax.record import Record
+from mamljax.run_directory import CheckpointError, read_config
 from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial
 
 
-class Progress(NamedTuple):
+class Snapshot(NamedTuple):
     """What a checkpoint holds. Trained from several keys, every leaf has a leading axis [seeds]."""
 
     state: State
@@ -109,16 +111,17 @@ def fit(
         raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
     _check_key(key)
     mesh = _checked_mesh(mesh, num_tasks)
+    # A compiled call ends at each multiple of either, so that every line of the log is of the same meta-updates after a resume.
     every = [log_every] if validate_fn is None else [log_every, validate_every]
-    sampler_from, sampler_spec = preparation(sample, key, num_tasks, min(every), mesh)
+    sampler_from, sampler_spec = sampler_by_update(sample, key, num_tasks, min(every), mesh)
     programs = _compile(learner, key.shape, num_tasks, min(every), mesh, sampler_spec)
     validate_fn = validate_fn and place(as_partial(validate_fn), mesh)
     config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=num_tasks)
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(Record(directory if is_first_host() else None, config, tensorboard=tensorboard))
         interrupted = stack.enter_context(interruptions())
-        done, now = from_first_host(record.restore(programs.start(key)))
-        done, now, key = int(done), place(now, mesh), place(key, mesh)
+        done, snapshot = from_first_host(record.restore(programs.start(key)))
+        done, snapshot, key = int(done), place(snapshot, mesh), place(key, mesh)
         _check_done(done, num_updates, directory)
         progress = progress and is_first_host()
         if done and progress:
@@ -127,16 +130,16 @@ def fit(
         started, sampler = time.monotonic(), sampler_from(done)
         while done < num_updates and not any_host(interrupted.is_set() or time.monotonic() - started >= max_seconds):
             stop = min(num_updates, *(done + n - done % n for n in every))  # the next multiple of one of them
-            state, metrics, finite = programs.run(now.state, key, done, stop, sampler)
+            state, metrics, finite = programs.run(snapshot.state, key, done, stop, sampler)
             # While the device computes:
             if stop < num_updates:
                 sampler = sampler_from(stop)
             if validate_fn:
-                programs.check_validation(now, validate_fn)
+                programs.check_validation(snapshot, validate_fn)
             line = finite_means(metrics, finite, done, stop, record.where)
-            now = now._replace(state=state)
+            snapshot = snapshot._replace(state=state)
             if validate_fn and (stop % validate_every == 0 or stop == num_updates):
-                now, error = programs.validate(now, validate_fn)
+                snapshot, error = programs.validate(snapshot, validate_fn)
                 line["validation_error"] = float(np.mean(error))
             bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}, refresh=False)
             bar.update(stop - done)
@@ -145,22 +148,22 @@ def fit(
             if on_log and is_first_host():
                 on_log(done, line)
             if record.is_due(checkpoint_seconds):
-                record.save(done, take_back(now, mesh))
-        record.save(done, take_back(now, mesh))
+                record.save(done, take_back(snapshot, mesh))
+        record.save(done, take_back(snapshot, mesh))
     if any_host(interrupted.is_set()):
         raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where}")
-    now = take_back(now, mesh)
-    return Result(now.state, programs.best(now), done, record.seconds)
+    snapshot = take_back(snapshot, mesh)
+    return Result(snapshot.state, programs.best(snapshot), done, record.seconds)
 
 
 class _Programs(NamedTuple):
     """The compiled parts of a training."""
 
-    start: Callable  # key -> Progress, on one device
+    start: Callable  # key -> Snapshot, on one device
     run: Callable  # (state, key, start, stop, sampler) -> (state, metrics, whether each parameter is finite)
-    validate: Callable  # (Progress, validate_fn) -> (Progress, error)
+    validate: Callable  # (Snapshot, validate_fn) -> (Snapshot, error)
     check_validation: Callable  # the same without a result: what is wrong with `validate_fn` should not show hours later
-    best: Callable  # Progress -> state, on one device
+    best: Callable  # Snapshot -> state, on one device
 
 
 # Kept, so that to train the same learner again, from another seed for example, needs no compiling again.
@@ -168,7 +171,7 @@ class _Programs(NamedTuple):
 def _compile(
     learner: MetaLearner, seeds: tuple[int, ...], num_tasks: int, length: int, mesh: Mesh | None, sampler_spec: PartitionSpec
 ) -> _Programs:
-    by_seed = functools.partial(over_seeds, seeds)
+    by_seed = functools.partial(vmap_over_seeds, seeds)
     loop = meta_updates(learner, num_tasks, length, sampler_spec=sampler_spec)
 
     def run(*args: Any) -> tuple[State, Metrics, PyTree]:
@@ -220,7 +223,7 @@ def read_best(learner: MetaLearner, directory: str | Path, *, seed: int | None =
         raise CheckpointError(f"{directory} is none that `fit` was given. A script's are OUT/checkpoints/METHOD.")
     seeds = np.shape(config["key"])[:-1]
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
-    by_seed = functools.partial(over_seeds, seeds)
+    by_seed = functools.partial(vmap_over_seeds, seeds)
     saved = Checkpoints(directory, None).restore(jax.eval_shape(by_seed(functools.partial(_start, learner)), key))
     if saved is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
@@ -264,22 +267,22 @@ def _check_key(key: Array) -> None:
         raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {got}.")
 
 
-def _start(learner: MetaLearner, key: Array) -> Progress:
+def _start(learner: MetaLearner, key: Array) -> Snapshot:
     first = learner.init(jax.random.fold_in(key, INIT))
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), first)  # no weak types: they would retrace
-    return Progress(state, state, jnp.float32(jnp.inf))
+    return Snapshot(state, state, jnp.float32(jnp.inf))
 
 
-def _validate(progress: Progress, validate_fn: Callable[[State], Array]) -> tuple[Progress, Array]:
-    error = jnp.asarray(validate_fn(progress.state), progress.best_error.dtype)
+def _validate(snapshot: Snapshot, validate_fn: Callable[[State], Array]) -> tuple[Snapshot, Array]:
+    error = jnp.asarray(validate_fn(snapshot.state), snapshot.best_error.dtype)
     if error.shape != ():
         raise ValueError(f"validate_fn must return a number for the whole state, got shape {error.shape}. Take the mean.")
-    better = error < progress.best_error
-    best = jax.tree.map(lambda new, old: jnp.where(better, new, old), progress.state, progress.best)
-    return Progress(progress.state, best, jnp.where(better, error, progress.best_error)), error
+    better = error < snapshot.best_error
+    best = optax.tree.where(better, snapshot.state, snapshot.best)
+    return Snapshot(snapshot.state, best, jnp.where(better, error, snapshot.best_error)), error
 
 
-def _best(progress: Progress) -> State:
+def _best(snapshot: Snapshot) -> State:
     """The best state, or the last one if none was validated, or none with a finite error."""
-    validated = jnp.isfinite(progress.best_error)
-    return jax.tree.map(lambda best, last: jnp.where(validated, best, last), progress.best, progress.state)
+    validated = jnp.isfinite(snapshot.best_error)
+    return optax.tree.where(validated, snapshot.best, snapshot.state)

@@ -54,5 +54,8 @@ class MetaLearner(NamedTuple):
 
 
 def as_partial(fn: Callable) -> Partial:
-    """Wrap a function as a `Partial`, so that `jit` receives the arrays that it carries as arguments, not as constants."""
+    """Make a function a pytree, which `jit` takes as an argument.
+
+    Arrays that a `Partial` carries are arguments with it; those that a plain function closes over remain constants.
+    """
     return fn if isinstance(fn, Partial) else Partial(fn)

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamljax.checkpoint import CheckpointError, Checkpoints, claim_directory, read_config
+from mamljax.checkpoint import Checkpoints
 from mamljax.files import write_atomically
+from mamljax.run_directory import CheckpointError, claim_directory, read_config
 from mamljax.types import State
 
 # Orbax leaves the failures of parts of a damaged checkpoint unretrieved.

@@ -14,7 +14,7 @@ from mamljax.inner import adapt
 from mamljax.losses import mse
 from mamljax.maml import maml
 from mamljax.models import mlp
-from mamljax.rules import all_but, as_rule, learned_by_step, learned_step_sizes
+from mamljax.rules import all_but, checked_rule, learned_by_step, learned_step_sizes
 from mamljax.tasks.sinusoid import sinusoid
 from mamljax.types import Examples, Model, Task
 
@@ -26,7 +26,7 @@ PARAMS = {"a": jnp.ones(2), "b": jnp.ones(3)}
 @pytest.mark.parametrize("step_size", [0.0, -0.1, float("nan"), float("inf")])
 def test_step_size_must_be_positive_and_finite(step_size):
     with pytest.raises(ValueError, match="the inner step size must be positive and finite, got"):
-        as_rule(step_size, PARAMS, differentiable=True)
+        checked_rule(step_size, PARAMS, differentiable=True)
     with pytest.raises(ValueError, match="positive and finite"):
         learned_step_sizes(mlp(1, (2,), 1), step_size)
 
@@ -38,15 +38,15 @@ def test_step_size_must_be_positive_and_finite(step_size):
 )
 def test_rules_without_finite_meta_gradients_are_refused(rule):
     with pytest.raises(ValueError, match=r"no finite derivative where entries or whole arrays of the .* zero.*eps_root=1e-8"):
-        as_rule(rule, PARAMS, differentiable=True)
-    assert as_rule(rule, PARAMS, differentiable=False) is rule
+        checked_rule(rule, PARAMS, differentiable=True)
+    assert checked_rule(rule, PARAMS, differentiable=False) is rule
 
 
 def test_a_rule_without_a_derivative_where_a_whole_array_is_zero_is_refused():
     """As dead layers have it: the root mean square of an array of zeros has none."""
     rule = optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1))
     with pytest.raises(ValueError, match="no finite derivative where entries or whole arrays of the gradient are zero"):
-        as_rule(rule, {"kernel": jnp.ones((3, 2)), "other": jnp.ones(2)}, differentiable=True)
+        checked_rule(rule, {"kernel": jnp.ones((3, 2)), "other": jnp.ones(2)}, differentiable=True)
 
 
 CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -55,24 +55,24 @@ GOOD = [optax.adam(0.1, eps_root=1e-8), optax.sgd(0.1, momentum=0.9), optax.adag
 
 @pytest.mark.parametrize("rule", GOOD, ids=["adam", "momentum", "adagrad", "clipped"])
 def test_other_rules_pass(rule):
-    assert as_rule(rule, PARAMS, differentiable=True) is rule
+    assert checked_rule(rule, PARAMS, differentiable=True) is rule
 
 
 @pytest.mark.parametrize("rule", [optax.polyak_sgd(), optax.lbfgs(), optax.lookahead(optax.sgd(0.1), 5, 0.5)])
 def test_rules_that_need_more_than_gradients_and_parameters_are_refused(rule):
     for differentiable in (True, False):
         with pytest.raises(ValueError, match="the inner rule failed when given gradients and parameters, which is all it gets"):
-            as_rule(rule, PARAMS, differentiable=differentiable)
+            checked_rule(rule, PARAMS, differentiable=differentiable)
 
 
 def test_a_flag_is_no_step_size():
     with pytest.raises(ValueError, match="rule must be a step size or an Optax transformation, got True"):
-        as_rule(True, PARAMS, differentiable=True)
+        checked_rule(True, PARAMS, differentiable=True)
 
 
 def test_a_number_of_any_kind_is_a_step_size():
     for number in (1, np.float32(1.0), np.array(1.0), jnp.float32(1.0)):
-        rule = as_rule(number, PARAMS, differentiable=True)
+        rule = checked_rule(number, PARAMS, differentiable=True)
         assert rule.update(jnp.float32(2.0), rule.init(jnp.float32(0.0)))[0] == -2.0
 
 
@@ -98,12 +98,12 @@ def test_a_learned_rule_goes_with_its_model():
 
 def test_a_schedule_is_not_a_rule():
     with pytest.raises(ValueError, match="rule must be a step size or an Optax transformation, got <function.*optax.sgd"):
-        as_rule(optax.cosine_decay_schedule(0.1, 5), PARAMS, differentiable=True)
+        checked_rule(optax.cosine_decay_schedule(0.1, 5), PARAMS, differentiable=True)
 
 
 def test_integer_parameters_are_refused_at_once():
     with pytest.raises(ValueError, match=r"params\['n'\] has dtype int32"):
-        as_rule(0.1, {"n": jnp.ones(2, jnp.int32)}, differentiable=True)
+        checked_rule(0.1, {"n": jnp.ones(2, jnp.int32)}, differentiable=True)
 
 
 def test_the_refused_rule_does_make_nan():
@@ -118,7 +118,9 @@ def test_the_refused_rule_does_make_nan():
 
 def test_step_sizes_per_parameter():
     rule = optax.partition({"fast": optax.sgd(0.5), "frozen": optax.set_to_zero()}, {"a": "fast", "b": "frozen"})
-    final, _ = adapt(lambda p, _: p["a"].sum() + p["b"].sum(), PARAMS, jnp.zeros(2), as_rule(rule, PARAMS, differentiable=True))
+    final, _ = adapt(
+        lambda p, _: p["a"].sum() + p["b"].sum(), PARAMS, jnp.zeros(2), checked_rule(rule, PARAMS, differentiable=True)
+    )
     np.testing.assert_allclose(final["a"], 0.0)
     np.testing.assert_allclose(final["b"], 1.0)
 

@@ -15,7 +15,6 @@ import optax
 import pytest
 
 from mamljax import loop
-from mamljax.checkpoint import CheckpointError
 from mamljax.divergence import DivergenceError
 from mamljax.evaluate import evaluate
 from mamljax.losses import mse
@@ -23,6 +22,7 @@ from mamljax.maml import maml
 from mamljax.models import mlp
 from mamljax.outer import meta_learner
 from mamljax.record import Record, read_metrics
+from mamljax.run_directory import CheckpointError
 from mamljax.tasks.sinusoid import sinusoid
 from mamljax.train import fit, read_best
 from mamljax.types import MetaLearner, State

@@ -10,7 +10,7 @@ import optax
 from jax import Array, lax
 
 from mamljax.baselines.meta_lstm import lstm
-from mamljax.baselines.metric_learning import cosine_similarity, evaluation
+from mamljax.baselines.metric_learning import cosine_similarity, evaluation, features_of
 from mamljax.checks import check_count, check_counts, check_task
 from mamljax.models import feature_size
 from mamljax.outer import meta_learner
@@ -95,10 +95,9 @@ def mann(
 
     def compare(params: PyTree, task: Task) -> Array:
         """The logits of the query examples, after the support examples in their order: [n, N]."""
-        size = len(task.support.y)
-        vectors = features.apply(params["features"], jnp.concatenate([task.support.x, task.query.x]))
-        labels = jnp.concatenate([jax.nn.one_hot(task.support.y, ways), jnp.zeros((len(task.query.y), ways))])
-        shown = jnp.concatenate([vectors, labels], axis=1)
+        support, query = features_of(features, params["features"], task)
+        shown = jnp.concatenate([support, jax.nn.one_hot(task.support.y, ways)], axis=1)
+        asked = jnp.concatenate([query, jnp.zeros((len(query), ways))], axis=1)
         start = Controller(
             hidden=jnp.zeros(hidden),
             cell=jnp.zeros(hidden),
@@ -107,8 +106,8 @@ def mann(
             attention=jnp.zeros((heads, slots)),
             read=jnp.zeros((heads, width)),
         )
-        state, _ = lax.scan(lambda state, one: (see(params, state, one), None), start, shown[:size])
-        return jax.vmap(partial(answer, params, state))(shown[size:])
+        state, _ = lax.scan(lambda state, one: (see(params, state, one), None), start, shown)
+        return jax.vmap(partial(answer, params, state))(asked)
 
     def task_loss(params: PyTree, task: Task) -> Array:
         return loss_fn(compare(params, task), task.query.y)

@@ -1,4 +1,4 @@
-"""The memory module, a comparison system of the paper's table 1: what was seen is kept as keys, one of which is the nearest."""
+"""The memory module, a comparison system of the paper's table 1: examples are kept as keys, of which the nearest decides."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.baselines.metric_learning import evaluation, largest_of_class, unit
+from mamljax.baselines.metric_learning import evaluation, features_of, largest_of_class, unit
 from mamljax.checks import check_count, check_task
 from mamljax.outer import meta_learner
 from mamljax.types import Examples, LossFn, MetaLearner, Model, PyTree, Task
@@ -70,9 +70,8 @@ def memory_module(
 
     def keys_of(params: PyTree, task: Task) -> tuple[Examples, Examples]:
         """The keys of the support and the query set, which the network sees together, with their labels."""
-        size = len(task.support.y)
-        keys = unit(features.apply(params, jnp.concatenate([task.support.x, task.query.x])))
-        return Examples(keys[:size], task.support.y), Examples(keys[size:], task.query.y)
+        support, query = map(unit, features_of(features, params, task))
+        return Examples(support, task.support.y), Examples(query, task.query.y)
 
     def task_loss(params: PyTree, task: Task) -> Array:
         check_task(task)
@@ -107,12 +106,13 @@ def empty_memory(examples: Examples) -> Memory:
 
 def write(memory: Memory, example: Examples) -> Memory:
     """Write one example down, x [d] and y []; one without a label, which is negative, changes nothing."""
+    # In an empty memory that is slot 0, whose label, -1, is that of no class.
     nearest = jnp.where(memory.labels >= 0, memory.keys @ example.x, -jnp.inf).argmax()
     known = memory.labels[nearest] == example.y
     slot = jnp.where(known, nearest, (memory.labels >= 0).sum())
     key = jnp.where(known, unit(memory.keys[nearest] + example.x), example.x)
     written = Memory(memory.keys.at[slot].set(key), memory.labels.at[slot].set(example.y))
-    return jax.tree.map(lambda new, old: jnp.where(example.y >= 0, new, old), written, memory)
+    return optax.tree.where(example.y >= 0, written, memory)
 
 
 def margin_loss(memory: Memory, example: Examples, margin: float) -> tuple[Array, Array]:

@@ -84,7 +84,7 @@ def meta_lstm(model: Model, inner_lr: float, *, hidden: int = 20) -> tuple[Model
         input_gate = _gate(cell["input_kernel"], cell["input_bias"], out, theta, state.input_gate)
         forget_gate = _gate(cell["forget_kernel"], cell["forget_bias"], out, theta, state.forget_gate)
         updates = {
-            "theta": unravel((forget_gate - 1) * theta - input_gate * slope),
+            "theta": unravel((forget_gate - 1) * theta - input_gate * slope),  # -1, as an update is added to theta
             "cell": jax.tree.map(jnp.zeros_like, cell),
         }
         return updates, CellState(out, memory, input_gate, forget_gate)

@@ -50,11 +50,13 @@ def matching(
     check_count("ways", ways, minimum=2)
 
     def compare(params: PyTree, task: Task) -> Array:
-        similarity = cosine_similarity(*_features_of(features, params, task))
+        support, query = features_of(features, params, task)
+        similarity = cosine_similarity(query, support)
         members = jax.nn.one_hot(task.support.y, ways)
         present = members.any(0)
         probabilities = jax.nn.softmax(similarity) @ members
-        return jnp.where(present, jnp.log(jnp.where(present, probabilities, 1)), -jnp.inf)  # no gradient of log(0)
+        # The inner `where` keeps log(0) out of the gradient, in which 0 times infinity would be NaN.
+        return jnp.where(present, jnp.log(jnp.where(present, probabilities, 1)), -jnp.inf)
 
     return _learner(features.init, compare, loss_fn, tx, metric_fns, chunk_size)
 
@@ -76,7 +78,7 @@ def prototypical(
     check_count("ways", ways, minimum=2)
 
     def compare(params: PyTree, task: Task) -> Array:
-        query, support = _features_of(features, params, task)
+        support, query = features_of(features, params, task)
         members = jax.nn.one_hot(task.support.y, ways, axis=0)  # [N, N * K]
         counts = members.sum(1, keepdims=True)
         prototypes = members @ support / jnp.maximum(counts, 1)
@@ -110,7 +112,7 @@ def siamese(
 
     def pairs(params: PyTree, task: Task) -> Array:
         """The logits of all pairs, [n, N * K]."""
-        query, support = _features_of(features, params["features"], task)
+        support, query = features_of(features, params["features"], task)
         head = params["head"]
         return jnp.abs(query[:, None] - support[None]) @ head["kernel"][:, 0] + head["bias"][0, 0]
 
@@ -174,7 +176,7 @@ def _learner(
     return meta_learner(init, task_loss or query_loss, evaluate, tx=tx, chunk_size=chunk_size)
 
 
-def _features_of(features: Model, params: PyTree, task: Task) -> tuple[Array, Array]:
-    """The features of the query set [n, d] and of the support set [N * K, d]."""
+def features_of(features: Model, params: PyTree, task: Task) -> tuple[Array, Array]:
+    """The features of the support set [N * K, d] and of the query set [n, d], which the network sees together."""
     vectors = features.apply(params, jnp.concatenate([task.support.x, task.query.x]))
-    return vectors[len(task.support.x) :], vectors[: len(task.support.x)]
+    return vectors[: len(task.support.x)], vectors[len(task.support.x) :]

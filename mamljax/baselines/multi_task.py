@@ -93,5 +93,5 @@ def multi_task(
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
         return learning_curve(model, loss_fn, state.params["mean"], task, rule, eval_steps, metric_fns=metric_fns)
 
-    tx = optax.sgd(lambda count: 1 / (count + 1))
+    tx = optax.sgd(lambda count: 1 / (count + 1))  # by which descent is the running mean
     return meta_learner(init, half_squared_distance, evaluate, tx=tx, chunk_size=chunk_size)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.baselines.metric_learning import evaluation
+from mamljax.baselines.metric_learning import evaluation, features_of
 from mamljax.checks import check_count, check_counts, check_task
 from mamljax.gaussian import Gaussian, from_noise, kl_divergence
 from mamljax.models import feature_size, mlp
@@ -92,8 +92,8 @@ def neural_statistician(
 
     def draw_noise(key: Array, params: PyTree, task: Task) -> tuple[Task, Noise]:
         check_task(task)
-        number = len(task.support.y) + len(task.query.y)
-        shapes = (ways, context_size), (number, latent_size)
+        num_images = len(task.support.y) + len(task.query.y)
+        shapes = (ways, context_size), (num_images, latent_size)
         return task, Noise(*map(jax.random.normal, jax.random.split(key), shapes))
 
     def task_loss(params: PyTree, task_and_noise: tuple[Task, Noise]) -> Array:
@@ -102,10 +102,9 @@ def neural_statistician(
         return negative_bound(_applied(models, params), images, jax.nn.one_hot(labels, ways), noise)
 
     def compare(params: PyTree, task: Task) -> Array:
-        size, network = len(task.support.y), _applied(models, params)
-        vectors = network["features"](jnp.concatenate([task.support.x, task.query.x]))
-        classes = contexts(network, vectors[:size], jax.nn.one_hot(task.support.y, ways, axis=0))
-        queries = contexts(network, vectors[size:], jnp.eye(len(task.query.y)))
+        network, (support, query) = _applied(models, params), features_of(features, params["features"], task)
+        classes = contexts(network, support, jax.nn.one_hot(task.support.y, ways, axis=0))
+        queries = contexts(network, query, jnp.eye(len(query)))
         one_by_one = jax.tree.map(lambda leaf: leaf[:, None], queries)
         return -kl_divergence(classes, one_by_one)
 

@@ -43,7 +43,7 @@ class Source(NamedTuple):
     names: tuple[str, ...]  # of the classes
     counts: tuple[int, ...]  # images of each class
     shape: tuple[int, int, int]  # H, W, C
-    read: Callable[[int], np.ndarray]  # class number -> its images [count, H, W, C] uint8; called from several threads
+    read: Callable[[int], np.ndarray]  # index of a class -> its images [count, H, W, C] uint8; called from several threads
 
 
 class DataError(Exception):
@@ -166,8 +166,8 @@ def _read_ahead(source: Source) -> Iterator[np.ndarray]:
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
         ahead = deque()
-        for number in range(len(source.names)):
-            ahead.append(pool.submit(source.read, number))
+        for index in range(len(source.names)):
+            ahead.append(pool.submit(source.read, index))
             if len(ahead) > threads:
                 yield ahead.popleft().result()
         while ahead:

@@ -126,10 +126,10 @@ def _state(path: Path) -> tuple[int, int]:
 def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
     names, files, seen = list(classes), list(classes.values()), {}
 
-    def read(number: int) -> np.ndarray:
-        images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files[number]])
-        for file, image in zip(files[number], images, strict=True) if "/" in names[number] else ():
-            part = names[number].split("/")[0]
+    def read(index: int) -> np.ndarray:
+        images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files[index]])
+        for file, image in zip(files[index], images, strict=True) if "/" in names[index] else ():
+            part = names[index].split("/")[0]
             other_part, other = seen.setdefault(hashlib.sha256(image).digest(), (part, file))  # by several threads
             if other_part != part:
                 raise DataError(f"one image is both in {part} and in {other_part}: {file} and {other}. Delete one of them.")

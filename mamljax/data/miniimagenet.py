@@ -91,8 +91,8 @@ def _read_csv(path: Path, split: str) -> dict[str, set[str]]:
 def _from_files(data_dir: Path) -> Source:
     lists = list(read_lists(data_dir).items())
 
-    def read(number: int) -> np.ndarray:
-        return np.stack([decode(file, size=SIZE, channels=3, name=file) for file in lists[number][1]])
+    def read(index: int) -> np.ndarray:
+        return np.stack([decode(file, size=SIZE, channels=3, name=file) for file in lists[index][1]])
 
     return Source(tuple(name for name, _ in lists), (IMAGES,) * len(lists), (SIZE, SIZE, 3), read)
 
@@ -107,12 +107,12 @@ def _from_tfds() -> Source:
     builder = prepared_builder(create, name="miniImageNet", otherwise=otherwise)
     names = tuple(builder.info.features["label"].names)
 
-    def read(number: int) -> np.ndarray:
-        split = names[number].split("/")[0]
-        first = IMAGES * [name for name in names if name.startswith(f"{split}/")].index(names[number])
+    def read(index: int) -> np.ndarray:
+        split = names[index].split("/")[0]
+        first = IMAGES * [name for name in names if name.startswith(f"{split}/")].index(names[index])
         examples = list(read_examples(builder, f"{TFDS_SPLITS[split]}[{first}:{first + IMAGES}]"))
-        if {example["label"] for example in examples} != {number}:
+        if {example["label"] for example in examples} != {index}:
             raise DataError(f"{builder.data_dir} is not in the order of its classes. Delete it, so that it is prepared again.")
-        return np.stack([decode(example["image"], size=SIZE, channels=3, name=names[number]) for example in examples])
+        return np.stack([decode(example["image"], size=SIZE, channels=3, name=names[index]) for example in examples])
 
     return Source(names, (IMAGES,) * len(names), (SIZE, SIZE, 3), read)

@@ -76,12 +76,12 @@ def split_omniglot(names: tuple[str, ...], split: Split = "seeded", *, seed: int
         order = np.random.default_rng(seed).permutation(len(names))
         return {"train": order[:1100], "val": order[1100:1200], "test": order[1200:]}
     parts = {"train": [], "val": [], "test": []}
-    for number, name in enumerate(names):
+    for index, name in enumerate(names):
         alphabet = name.split("/")[0]
         late = alphabet == "Gurmukhi" and name > LAST_GURMUKHI_FOR_TRAINING
         part = "val" if alphabet in VALIDATION_ALPHABETS else "test" if late or alphabet in TEST_ALPHABETS else "train"
-        parts[part].append(number)
-    return {part: np.array(numbers) for part, numbers in parts.items()}
+        parts[part].append(index)
+    return {part: np.array(indices) for part, indices in parts.items()}
 
 
 def _from_archives(data_dir: Path) -> Source:
@@ -120,8 +120,8 @@ def _check_counts(characters: Contents, expected: int, place: str) -> None:
 def _source(contents: Contents) -> Source:
     names = tuple(sorted(contents))
 
-    def read(number: int) -> np.ndarray:
-        files = contents[names[number]].items()
+    def read(index: int) -> np.ndarray:
+        files = contents[names[index]].items()
         return np.stack([255 - decode(png, size=SIZE, channels=1, name=name) for name, png in files])  # ink is black there
 
     return Source(names, (DRAWINGS,) * len(names), (SIZE, SIZE, 1), read)

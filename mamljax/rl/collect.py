@@ -20,8 +20,8 @@ class Batch(NamedTuple):
 
     trajectories: Trajectories
     advantages: Array  # [T, E] of mean 0 and standard deviation 1
-    spread: Array  # [] their standard deviation before, in units of the return
-    returns: Array  # [E] undiscounted, of the first trajectory of each row; NaN where it was unstable, or an action not finite
+    advantage_std: Array  # [] their standard deviation before, in units of the return
+    first_returns: Array  # [E] undiscounted, of the first trajectory of each row; NaN where unstable, or an action not finite
     mean_return: Array  # [] undiscounted, of all trajectories that ended but the unstable ones; NaN if there is none
 
 
@@ -41,7 +41,7 @@ def collector(
     discount: float = 0.99,
     gae_lambda: float = 1.0,
 ) -> Collector:
-    """Build what lets a policy act in a task and judges its actions.
+    """Build the function that lets a policy act in a task and estimates the advantages of its actions.
 
     Advantages are estimated by GAE with the linear baseline, fitted to the very same trajectories, and standardised. A batch
     must have many more steps than the baseline has features, 2 o + 4, or little but noise is left of them.
@@ -83,14 +83,14 @@ def collector(
         discounted = discounted_sums(data.rewards, data.ends, discount)
         values = linear_baseline(data.observations, data.time, discounted, data.mask)
         advantages = generalised_advantages(data.rewards, values, data.ends, discount=discount, gae_lambda=gae_lambda)
-        # What breaks the simulation, or a policy that is no longer finite, must not count as a short trajectory: where rewards
-        # are costs that would be the best of all.
+        # A trajectory that broke the simulation, or whose policy is no longer finite, must not count as a short one: where
+        # rewards are costs, it would have the best return of all.
         acted = jnp.isfinite(data.actions).all(axis=(0, 2))
         stable = acted & ~jnp.any(data.unstable * data.first, axis=0)
-        returns = jnp.where(stable, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
+        first_returns = jnp.where(stable, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
         broken = discounted_sums(data.unstable, data.ends, 1.0)  # 1 in all steps of an unstable trajectory
-        total, number = jnp.sum(data.rewards * (1 - broken)), jnp.sum(data.ends - data.unstable)
-        mean_return = jnp.where(acted.all() & (number > 0), total / jnp.maximum(number, 1), jnp.nan)
-        return Batch(data, *standardise(advantages, data.mask), returns, mean_return)
+        total, count = jnp.sum(data.rewards * (1 - broken)), jnp.sum(data.ends - data.unstable)
+        mean_return = jnp.where(acted.all() & (count > 0), total / jnp.maximum(count, 1), jnp.nan)
+        return Batch(data, *standardise(advantages, data.mask), first_returns, mean_return)
 
     return Collector(policy, collect)

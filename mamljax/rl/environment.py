@@ -24,8 +24,8 @@ class Environment(NamedTuple):
     """A Markov decision process as pure functions of single states; `vmap` makes batches of tasks and trajectories."""
 
     sample_task: Callable[[Array], PyTree]  # key -> task: a goal, a velocity, a direction
-    # (key, task) -> (state, observation [o]). A batch draws E states, in which later trajectories begin again: a random key
-    # kept in one would repeat itself, so take that of `step`.
+    # (key, task) -> (state, observation [o]). A batch draws E first states, and later trajectories begin with them again: a
+    # random key stored in a state would repeat, so draw from the key that `step` gets.
     reset: Callable[[Array, PyTree], tuple[PyTree, Array]]
     step: Callable[[Array, PyTree, Array, PyTree], Step]  # (key, state, action [a], task) -> what comes of it
     observation_size: int

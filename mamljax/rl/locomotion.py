@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from mamljax.checks import check_count
@@ -25,6 +26,7 @@ TASKS = {  # robot, and the greatest velocity to run at; None for a direction
     "ant_velocity": ("ant", 3.0),
     "ant_direction": ("ant", None),
 }
+ENGINES = {"mujoco": mujoco_engine, "mjx": mjx_engine}
 
 
 def locomotion(
@@ -75,7 +77,7 @@ def locomotion(
     build_engine = _chosen("engine", engine, ENGINES)
     model = load_robot(robot, timestep=settings.timestep, edits=settings.edits, measures=settings.measures)
     simulate = _measuring(build_engine, model, settings, threads)
-    first = jnp.asarray(first_position(model) if settings.stands else model.qpos0, jnp.float32)
+    first = jnp.asarray(first_position(model) if settings.starts_at_init_qpos else model.qpos0, jnp.float32)
     reset = functools.partial(_reset, simulate, settings, first, jnp.zeros(model.nv))
     observation = jax.eval_shape(reset, jax.random.key(0), jnp.float32(0))[1]
     return Environment(
@@ -119,9 +121,10 @@ def _step(
     after = simulate.advance(before, action)
     stable = _is_stable(after)
     # Before the reward is computed, so that no NaN gets into it.
-    after = jax.tree.map(lambda new, old: jnp.where(stable, new, old), after, before)
+    after = optax.tree.where(stable, after, before)
     done = _fallen(after, settings)
     reward = _reward(before, after, action, task, done, directed=directed, settings=settings)
+    # It is the state that tells `rollout` of a step that diverged; observation and reward are finite all the same.
     position, velocity = (jnp.where(stable, values, jnp.nan) for values in (after.position, after.velocity))
     return Step(
         state=after._replace(position=position, velocity=velocity, stable=stable),
@@ -178,6 +181,3 @@ def _chosen(kind: str, name: str, choices: Mapping[str, T]) -> T:
     if name not in choices:
         raise ValueError(f"{kind} must be one of {', '.join(choices)}, got {name!r}.")
     return choices[name]
-
-
-ENGINES = {"mujoco": mujoco_engine, "mjx": mjx_engine}

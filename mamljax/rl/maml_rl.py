@@ -20,7 +20,7 @@ from mamljax.rl.trpo import TrustRegionState
 from mamljax.rules import Rule, rule_for
 from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
 
-Differentiation = Literal["reverse", "first_order"]
+OuterDifferentiation = Literal["reverse", "first_order"]
 InnerObjective = Literal["log_prob", "likelihood_ratio"]
 
 
@@ -33,7 +33,7 @@ def maml_rl(
     tx: optax.GradientTransformation,
     inner_objective: InnerObjective = "log_prob",
     multi_step_loss: bool = False,
-    differentiation: Differentiation = "reverse",
+    differentiation: OuterDifferentiation = "reverse",
     chunk_size: int | None = None,
 ) -> MetaLearner:
     r"""Learn a policy that a few policy-gradient steps adapt to a task.
@@ -44,7 +44,7 @@ def maml_rl(
     `tx` may then evaluate the surrogate, and the divergence from the policies that acted, for as many parameters as it likes.
 
     With `inner_steps=0` it is the *pretrained* baseline, one policy for all tasks that is fine-tuned in evaluation; with
-    `eval_steps=0` as well and an environment `observed.with_task_observed` the *oracle*; without a single update *random
+    `eval_steps=0` as well and an environment `wrappers.with_task_observed` the *oracle*; without a single update *random
     initialisation*.
 
     Args:
@@ -63,8 +63,8 @@ def maml_rl(
         multi_step_loss: whether the policy is judged after every one of the S steps, as Antoniou et al. 2019 (MAML++) do in
             classification, and not after the last alone. What is maximised is then the sum of the returns: each step's
             advantages, standardised for themselves, count by the standard deviation that they had.
-        differentiation: "reverse" (exact) or "first_order"; see `inner.adapt`. TRPO multiplies by derivatives in both
-            directions, which "mixed" has not.
+        differentiation: "reverse" (exact) or "first_order"; see `inner.adapt`. Not "mixed", which has no forward mode: TRPO
+            multiplies by the Jacobian of adaptation and by its transpose.
         chunk_size: tasks differentiated at a time; by default all of them. On a CPU 1 is fastest. The result is the same. The
             derivatives that are kept for the products are of all tasks in any case: about two numbers for each unit of the
             policy and each step in the environment.
@@ -85,27 +85,30 @@ def maml_rl(
     check_count("eval_steps", eval_steps, minimum=0)
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
-    check_choice("differentiation", differentiation, Differentiation)
+    check_choice("differentiation", differentiation, OuterDifferentiation)
     check_choice("inner_objective", inner_objective, InnerObjective)
     check_optimiser(tx)
     policy = collector.policy
     rule = rule_for(policy, rule, differentiable=inner_steps > 0 and differentiation != "first_order")
     tx = optax.with_extra_args_support(tx)
-    judged_from = min(1, inner_steps) if multi_step_loss else inner_steps
+    # The first step after which the outer loss sees the policy; without adaptation it sees the policy as it is, number 0.
+    first_step = min(1, inner_steps) if multi_step_loss else inner_steps
     inner_loss = {"log_prob": reinforce_loss, "likelihood_ratio": likelihood_ratio_loss}[inner_objective]
 
     collect_one = partial(collect_and_adapt, collector, rule, inner_steps)
-    policies = partial(_adapted_policies, policy, partial(inner_loss, policy), rule, judged_from, differentiation)
+    policies = partial(_adapted_policies, policy, partial(inner_loss, policy), rule, first_step, differentiation)
     policies_of_share = partial(map_tasks, policies, chunk_size=chunk_size)
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         batches = collect_from_all(collect_one, key, state.params, tasks)
-        judges = jax.vmap(partial(judged, judged_from))(batches)
-        extra = _outer_arguments(partial(divide, policies_of_share, tasks=batches), judges, state.params)
+        outer = jax.vmap(partial(outer_batches, first_step))(batches)
+        extra = _outer_arguments(partial(divide, policies_of_share, tasks=batches), outer, state.params)
         updates, opt = tx.update(extra["grad"], state.opt, state.params, **extra)
         params = optax.apply_updates(state.params, updates)
-        known = isinstance(opt, TrustRegionState)  # from the line search
-        surrogate, kl = (extra["value"] + opt.change, opt.kl) if known else extra["value_and_kl_fn"](params)
+        if isinstance(opt, TrustRegionState):  # its line search has just evaluated both
+            surrogate, kl = extra["value"] + opt.change, opt.kl
+        else:
+            surrogate, kl = extra["value_and_kl_fn"](params)
         metrics = {"surrogate": surrogate, "kl": kl, "grad_norm": optax.tree.norm(extra["grad"])}
         return state._replace(params=params, opt=opt), {**summary(batches), **metrics}
 
@@ -115,28 +118,28 @@ def maml_rl(
 
     def evaluate(key: Array, state: State, task: PyTree) -> Metrics:
         batches = collect_and_adapt(collector, rule, eval_steps, key, state.params, task)
-        unstable = jax.vmap(_unstable)(batches)
-        return {"return": batches.mean_return, "return_of_first": jnp.nanmean(batches.returns, axis=1), "unstable": unstable}
+        of_first = jnp.nanmean(batches.first_returns, axis=1)
+        return {"return": batches.mean_return, "return_of_first": of_first, "unstable": jax.vmap(_unstable)(batches)}
 
     return MetaLearner(init, update, evaluate)
 
 
-def _outer_arguments(policies_of: Callable[[PyTree], Gaussian], judges: Batch, params: PyTree) -> dict[str, PyTree]:
+def _outer_arguments(policies_of: Callable[[PyTree], Gaussian], batches: Batch, params: PyTree) -> dict[str, PyTree]:
     """What the outer optimiser is given, by name: the surrogate at `params`, its gradient, and what `trpo` asks for.
 
     The gradient and all products of the Hessian are of one linearisation, of what the policies do as a function of `params`.
 
     Args:
-        policies_of: params -> what the adapted policies do in all states of `judges`, both leaves [B, J, T, E, a].
-        judges: the batches by which policies are judged [B, J, ...].
+        policies_of: params -> what the adapted policies do in all states of `batches`, both leaves [B, J, T, E, a].
+        batches: those of the outer loss, from `outer_batches`, [B, J, ...].
         params: the meta-parameters.
     """
 
     def loss_of(policies: Gaussian) -> Array:
-        return jax.vmap(jax.vmap(surrogate_loss))(judges, policies).mean()
+        return jax.vmap(jax.vmap(surrogate_loss))(batches, policies).mean()
 
     def kl_of(policies: Gaussian) -> Array:
-        return jax.vmap(jax.vmap(divergence))(judges, policies).mean()
+        return jax.vmap(jax.vmap(mean_kl))(batches, policies).mean()
 
     def value_and_kl_fn(params: PyTree) -> tuple[Array, Array]:
         policies = policies_of(params)
@@ -164,30 +167,30 @@ def _adapted_policies(
     model: Model,
     inner_loss: Callable[[PyTree, Batch], Array],
     rule: optax.GradientTransformation,
-    judged_from: int,
-    differentiation: Differentiation,
+    first_step: int,
+    differentiation: OuterDifferentiation,
     params: PyTree,
     batches: Batch,
 ) -> Gaussian:
     """What the policies do that are judged, each in the states of its own batch, both leaves [J, T, E, a]."""
     before = jax.tree.map(lambda leaf: leaf[:-1], batches)
     _, path = adapt(inner_loss, params, before, rule, differentiation=differentiation)
-    params_judged, judges = jax.tree.map(lambda leaf: leaf[judged_from:], (path, batches))
-    return jax.vmap(partial(action_distribution, model))(params_judged, judges)
+    adapted, after = jax.tree.map(lambda leaf: leaf[first_step:], (path, batches))
+    return jax.vmap(partial(action_distribution, model))(adapted, after)
 
 
-def judged(judged_from: int, batches: Batch) -> Batch:
-    """The batches by which policies are judged [J, ...], after `judged_from` steps and every further one, their advantages on
-    one scale."""
-    batches = jax.tree.map(lambda leaf: leaf[judged_from:], batches)
-    weights = (batches.spread + 1e-8) / (batches.spread.mean() + 1e-8)
+def outer_batches(first_step: int, batches: Batch) -> Batch:
+    """The batches of the outer loss [J, ...], those after `first_step` steps and every further one, on one scale."""
+    batches = jax.tree.map(lambda leaf: leaf[first_step:], batches)
+    # Standardised advantages times their own deviation are the returns' scale again; with one batch the weight is 1.
+    weights = (batches.advantage_std + 1e-8) / (batches.advantage_std.mean() + 1e-8)
     return batches._replace(advantages=batches.advantages * weights[:, None, None])
 
 
 def map_tasks(fn: Callable[[PyTree, Batch], PyTree], params: PyTree, batches: Batch, *, chunk_size: int | None) -> PyTree:
     """Apply `fn(params, batch)` to the batches of each task [B, ...], so many tasks at a time, by default all."""
     # One alone, not a batch of one, whose products take longer.
-    batch_size = None if chunk_size == 1 else chunk_size or len(batches.spread)
+    batch_size = None if chunk_size == 1 else chunk_size or len(batches.advantage_std)
     return lax.map(partial(fn, params), batches, batch_size=batch_size)
 
 
@@ -212,6 +215,7 @@ def collect_and_adapt(
 
     def learn(carry: tuple, batch: Batch) -> tuple:
         params, opt = carry
+        # Whatever the `inner_objective`: at the policy that acted both have this gradient.
         gradient = jax.grad(partial(reinforce_loss, collector.policy))(params, batch)
         updates, opt = rule.update(gradient, opt, params)
         return optax.apply_updates(params, updates), opt
@@ -253,7 +257,7 @@ def likelihood_ratio(batch: Batch, policy: Gaussian) -> Array:
     return jnp.exp(jnp.minimum(log_ratio, 20.0))
 
 
-def divergence(batch: Batch, policy: Gaussian) -> Array:
+def mean_kl(batch: Batch, policy: Gaussian) -> Array:
     """The mean Kullback-Leibler divergence from the policy that acted to this one, over the states of a batch, in nats: []."""
     acted = batch.trajectories
     return masked_mean(gaussian.kl_divergence(acted.policy, policy), acted.mask)

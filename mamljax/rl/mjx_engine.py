@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mamljax.checks import check_count
-from mamljax.rl.simulation import MEASURES, Engine, Simulation
+from mamljax.rl.simulation import MEASURES, Engine, Measure, Simulation
 
 
 def mjx_engine(model: Any, *, frame_skip: int, measures: tuple[str, ...] = (), threads: int | None = None) -> Engine:
@@ -38,13 +38,11 @@ def mjx_engine(model: Any, *, frame_skip: int, measures: tuple[str, ...] = (), t
     empty = mjx.make_data(model, impl="jax")
 
     def measure(data: Any) -> Simulation:
-        moved = data
-        if measures:  # evaluated at the new state; XLA drops what is not used of it
-            data = mjx.rne_postconstraint(device_model, mjx.subtree_vel(device_model, mjx.forward(device_model, data)))
-        chosen = {name: MEASURES[name] for name in measures}
-        measured = {name: _field(data, row.field)[row.bodies].astype(jnp.float32) for name, row in chosen.items()}
-        measured = {name: _as_mujoco(chosen[name].field, value) for name, value in measured.items()}
-        return Simulation(moved.qpos, moved.qvel, measured, jnp.bool_(True), moved.qacc_warmstart)
+        evaluated = data
+        if measures:  # at the new state; XLA drops what is not used of it
+            evaluated = mjx.rne_postconstraint(device_model, mjx.subtree_vel(device_model, mjx.forward(device_model, data)))
+        measured = {name: _measured(evaluated, MEASURES[name]) for name in measures}
+        return Simulation(data.qpos, data.qvel, measured, jnp.bool_(True), data.qacc_warmstart)
 
     def start(position: Array, velocity: Array) -> Simulation:
         with jax.numpy_rank_promotion("allow"):  # MJX relies on it
@@ -68,9 +66,7 @@ def import_mjx() -> Any:
     return mjx
 
 
-def _field(data: Any, name: str) -> Array:
-    return getattr(data, name) if hasattr(data, name) else getattr(data._impl, name)
-
-
-def _as_mujoco(field: str, value: Array) -> Array:
-    return value.reshape(9) if field == "xmat" else value
+def _measured(data: Any, measure: Measure) -> Array:
+    field = getattr(data, measure.field) if hasattr(data, measure.field) else getattr(data._impl, measure.field)
+    value = field[measure.bodies].astype(jnp.float32)
+    return value.reshape(9) if measure.field == "xmat" else value  # a row, as MuJoCo has it

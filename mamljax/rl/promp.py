@@ -19,12 +19,12 @@ from mamljax.rl.maml_rl import (
     action_distribution,
     collect_and_adapt,
     collect_from_all,
-    divergence,
-    judged,
     likelihood_ratio,
     likelihood_ratio_loss,
     maml_rl,
     map_tasks,
+    mean_kl,
+    outer_batches,
     summary,
     surrogate_loss,
 )
@@ -63,7 +63,7 @@ def promp(
         tx: the outer optimiser; `optax.adam(1e-3)` in the authors' scripts.
         outer_steps: steps of it in a meta-update; 5 in the authors' scripts.
         clip: epsilon; 0.3 in the authors' scripts.
-        kl_weight: eta, per nat; 5e-4 in the authors' scripts. That they can adapt it is left out.
+        kl_weight: eta, per nat; 5e-4 in the authors' scripts. Their option to adapt it is left out.
         multi_step_loss: whether the policy is judged after every one of the S steps, as `maml_rl` does it.
         chunk_size: tasks differentiated at a time, a divisor of each device's share of them; see `outer.meta_learner`.
 
@@ -88,15 +88,15 @@ def promp(
     if _has_trpo(jax.eval_shape(plain.init, jax.random.key(0)).opt):
         raise ValueError("tx must take small steps on the loss, such as optax.adam(1e-3); with trpo(...) use maml_rl.")
     collect_one = partial(collect_and_adapt, collector, rule, inner_steps)
-    judged_from = 1 if multi_step_loss else inner_steps
+    first_step = 1 if multi_step_loss else inner_steps  # the first after which the outer loss sees the policy
 
     def changes(params: PyTree, batches: Batch, loss_fn: Callable = surrogate_loss) -> Metrics:
         """The loss of the policies of one task, and their divergences from those that acted."""
         policies = _policies_on_path(policy, rule, params, batches)
-        kl = jax.vmap(divergence)(batches, policies)
-        policies_judged = jax.tree.map(lambda leaf: leaf[judged_from:], policies)
-        loss = jax.vmap(loss_fn)(judged(judged_from, batches), policies_judged).mean()
-        return {"surrogate": loss, "kl": kl[judged_from:].mean(), "kl_before": kl[:-1].mean()}
+        kl = jax.vmap(mean_kl)(batches, policies)
+        adapted = jax.tree.map(lambda leaf: leaf[first_step:], policies)
+        loss = jax.vmap(loss_fn)(outer_batches(first_step, batches), adapted).mean()
+        return {"surrogate": loss, "kl": kl[first_step:].mean(), "kl_before": kl[:-1].mean()}
 
     def task_loss(params: PyTree, batches: Batch) -> Array:
         changed = changes(params, batches, partial(clipped_loss, clip=clip))

@@ -24,30 +24,30 @@ class Protocol(NamedTuple):
     velocity_bonus: float = 0.0  # reward of each step where the task is a velocity
     heights: tuple[float, float] | None = None  # m, of the torso; the trajectory ends outside of them
     edits: tuple[tuple[str, str, str], ...] = ()  # to the robot's file; see `robots.load_robot`
-    stands: bool = True  # starts in the file's `init_qpos`, where it has one
+    starts_at_init_qpos: bool = True  # of the robot's file, where it has one
     position_noise: Callable[[Array, tuple[int, ...]], Array] = jax.random.normal
     position_scale: float = 0.01
     velocity_scale: float = 0.1  # of normal noise
 
 
-def _everything(simulation: Simulation) -> Array:
+def _half_cheetah_paper(simulation: Simulation) -> Array:
     """Observe positions but the first, velocities and centre of mass: 20 for half-cheetah, as the authors' code."""
     return jnp.concatenate([simulation.position[1:], simulation.velocity, simulation.measured["centre_of_mass"]])
 
 
-def _everything_and_contacts(simulation: Simulation) -> Array:
+def _ant_paper(simulation: Simulation) -> Array:
     """Observe positions, velocities, clipped contact forces, torso frame, centre of mass: 125 for ant, as the authors' code."""
     measured = simulation.measured
     parts = [simulation.position, simulation.velocity, clipped_contacts(simulation).ravel()]
     return jnp.concatenate([*parts, measured["torso_frame"], measured["centre_of_mass"]])
 
 
-def _without_x(simulation: Simulation) -> Array:
+def _half_cheetah_gymnasium(simulation: Simulation) -> Array:
     """Observe positions but the first, and velocities: 17 for half-cheetah, as HalfCheetah-v5."""
     return jnp.concatenate([simulation.position[1:], simulation.velocity])
 
 
-def _without_xy_and_contacts(simulation: Simulation) -> Array:
+def _ant_gymnasium(simulation: Simulation) -> Array:
     """Observe positions but the first two, velocities and clipped contact forces: 105 for ant, as Ant-v5."""
     return jnp.concatenate([simulation.position[2:], simulation.velocity, clipped_contacts(simulation)[1:].ravel()])
 
@@ -63,11 +63,13 @@ def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
 
 MOTION = ("centre_of_mass", "centre_of_mass_velocity")
 PROTOCOLS = {
-    ("half_cheetah", "paper"): Protocol(frame_skip=1, timestep=0.01, observe=_everything, measures=MOTION, control_cost=0.05),
+    ("half_cheetah", "paper"): Protocol(
+        frame_skip=1, timestep=0.01, observe=_half_cheetah_paper, measures=MOTION, control_cost=0.05
+    ),
     ("half_cheetah", "gymnasium"): Protocol(
         frame_skip=5,
         timestep=0.01,
-        observe=_without_x,
+        observe=_half_cheetah_gymnasium,
         measures=(),
         control_cost=0.1,
         position_noise=_uniform,
@@ -76,7 +78,7 @@ PROTOCOLS = {
     ("ant", "paper"): Protocol(
         frame_skip=1,
         timestep=0.02,
-        observe=_everything_and_contacts,
+        observe=_ant_paper,
         measures=(*MOTION, "torso_frame", "contact_forces"),
         control_cost=0.005,
         contact_cost=0.0005,
@@ -91,14 +93,14 @@ PROTOCOLS = {
     ("ant", "gymnasium"): Protocol(
         frame_skip=5,
         timestep=0.01,
-        observe=_without_xy_and_contacts,
+        observe=_ant_gymnasium,
         measures=("contact_forces",),
         control_cost=0.5,
         contact_cost=0.0005,
         bonus=1.0,
         bonus_at_end=False,
         heights=(0.2, 1.0),
-        stands=False,
+        starts_at_init_qpos=False,
         position_noise=_uniform,
         position_scale=0.1,
     ),

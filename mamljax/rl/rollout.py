@@ -64,10 +64,11 @@ def rollout(
         taken = seen_well & _finite((outcome.state, outcome.observation, outcome.reward))
         ends = outcome.done | ~taken | (time + 1 == horizon)
         count += ends
+        # The k-th further trajectory of row e begins like the first of row e + k: so that the loop needs no `reset`.
         another = jax.tree.map(lambda leaf: leaf[(jnp.arange(trajectories) + count) % trajectories], first)
         following = _where(ends, another, (outcome.state, outcome.observation, taken))
         reward = jnp.where(taken, outcome.reward, 0).astype(mean.dtype)
-        seen = Trajectories(observation, action, reward, taken, ends, time, policy, ~taken)
+        seen = Trajectories(observation, action, reward, taken, ends, time, policy, ~taken)  # the mask is completed below
         return (*following, jnp.where(ends, 0, time + 1), count), seen
 
     reset_key, noise_key, step_key = jax.random.split(key, 3)
@@ -78,6 +79,7 @@ def rollout(
     first = state, jnp.where(finite, observation, 0), finite.all(axis=1)  # where it is not, the first step is masked
     nothing = jnp.zeros(trajectories, int)
     seen = lax.scan(step, (*first, nothing, nothing), (noise, keys))[1]
+    # A running maximum from behind: 1 up to the last end of each row. What comes later is of a trajectory that was cut off.
     mask = seen.mask & lax.cummax(seen.ends.astype(int), axis=0, reverse=True).astype(bool)
     flags = {"mask": mask, "ends": seen.ends, "time": seen.time, "unstable": seen.unstable}
     numbers = {name: value.astype(seen.actions.dtype) for name, value in flags.items()}

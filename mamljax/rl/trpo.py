@@ -96,8 +96,8 @@ def trpo(
         else:
             product = hessian_vector_product(lambda flat: value_and_kl_fn(unravel(flat))[1], flat, hvp)
         direction, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, cg_steps)
-        curvature = direction @ (gradient - residual)  # x^T (H + damping) x
-        full_step = -jnp.sqrt(2 * max_kl / (curvature + 1e-8)) * direction
+        curvature = direction @ (gradient - residual)  # x^T A x without another product, as the residual is b - A x
+        full_step = -jnp.sqrt(2 * max_kl / (curvature + 1e-8)) * direction  # 0, not NaN, where the gradient is 0
 
         def attempt(fraction: Array) -> tuple[Array, Array, Array]:
             """Whether a step of this length may be taken, false for what is not a number; else by what factor to shorten it;
@@ -107,7 +107,7 @@ def trpo(
             return (moved_value < value) & (kl <= max_kl), factor, jnp.stack([moved_value - value, kl])
 
         fraction, changes = backtrack(attempt, max_backtracks)
-        step = jnp.where(fraction > 0, fraction * full_step, 0)
+        step = jnp.where(fraction > 0, fraction * full_step, 0)  # 0 times a step that is not finite would be NaN
         return unravel(step), TrustRegionState(fraction, *changes)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -150,9 +150,9 @@ def conjugate_gradient(
         step, x, residual, direction = carry
         image = product(direction)
         length = (residual @ residual) / (direction @ image)
-        left = residual - length * image
-        direction_next = left + (left @ left) / (residual @ residual) * direction
-        return step + 1, x + length * direction, left, direction_next
+        residual_next = residual - length * image
+        direction_next = residual_next + (residual_next @ residual_next) / (residual @ residual) * direction
+        return step + 1, x + length * direction, residual_next, direction_next
 
     return lax.while_loop(unsolved, iterate, (0, jnp.zeros_like(target), target, target))[1:3]
 

@@ -105,23 +105,23 @@ class HostEpisodes:
         return as_task(jax.vmap(turn)(drawn, turns) if self.rotations else drawn, shots=self.shots)
 
 
-def labelled(images: ArrayLike, *, number: int, rotations: bool = False, counts: ArrayLike | None = None) -> Partial:
+def labelled(images: ArrayLike, *, batch_size: int, rotations: bool = False, counts: ArrayLike | None = None) -> Partial:
     """Build the sampler of batches of images from all classes, to train a classifier over them.
 
     Args:
         images: as of `episodes`; so are `rotations`, but that each image is turned on its own, and `counts`.
-        number: images of a batch, drawn independently of each other: first a class, then an image of it.
+        batch_size: images of a batch, drawn independently of each other: first a class, then an image of it.
 
     Returns:
-        key -> Task whose support and query sets are the same x [number, H, W, C] float32 in [0, 1] and y [number] int32, the
-        number of the class; a pytree.
+        key -> Task whose support and query sets are the same x [batch_size, H, W, C] float32 in [0, 1] and y [batch_size]
+        int32, the number of the class; a pytree.
 
     Raises:
         ValueError: as `episodes`.
     """
-    check_count("number", number)
+    check_count("batch_size", batch_size)
     counts = _checked_counts(images, counts, rotations=rotations)
-    draw = functools.partial(_draw_labelled, number=number, rotations=rotations)
+    draw = functools.partial(_draw_labelled, batch_size=batch_size, rotations=rotations)
     return Partial(draw, _on_device(images), jnp.asarray(counts, jnp.int32))
 
 
@@ -131,12 +131,12 @@ def _on_device(images: ArrayLike) -> Array:
     return jax.device_put(images.copy() if writeable else images)
 
 
-def _draw_labelled(images: Array, counts: Array, key: Array, *, number: int, rotations: bool) -> Task:
+def _draw_labelled(images: Array, counts: Array, key: Array, *, batch_size: int, rotations: bool) -> Task:
     class_key, image_key, turn_key = jax.random.split(key, 3)
-    classes = jax.random.randint(class_key, (number,), 0, len(counts))
-    drawn = images[classes, jax.random.randint(image_key, (number,), 0, counts[classes])]
+    classes = jax.random.randint(class_key, (batch_size,), 0, len(counts))
+    drawn = images[classes, jax.random.randint(image_key, (batch_size,), 0, counts[classes])]
     if rotations:
-        drawn = jax.vmap(turn)(drawn, jax.random.randint(turn_key, (number,), 0, 4))
+        drawn = jax.vmap(turn)(drawn, jax.random.randint(turn_key, (batch_size,), 0, 4))
     examples = Examples(_unit_range(drawn), classes)
     return Task(examples, examples)
 
@@ -181,7 +181,7 @@ def _draw(images: Array, counts: Array, key: Array, *, ways: int, shots: int, qu
 
 def draw_indices(key: Array, counts: Array, *, ways: int, per_class: int) -> tuple[tuple[Array, Array], Array]:
     """Draw the classes and images of an episode: index arrays (class [N, 1], image [N, K + Q]), and quarter turns [N]."""
-    # All at once: each call takes the compiler a good part of a second.
+    # For each class its number, its turn, its images. All at once: each call takes the compiler a good part of a second.
     bits = jax.random.bits(key, (ways, 2 + per_class), jnp.uint32)
     classes = distinct(bits[:, 0], jnp.int32(len(counts)))
     chosen = jax.vmap(distinct)(bits[:, 2:], counts[classes])
@@ -198,10 +198,12 @@ def distinct(bits: Array, total: Array) -> Array:
     draws = (bits % (total - jnp.arange(count)).astype(jnp.uint32)).astype(jnp.int32)
 
     def add(i: Array, chosen: Array) -> Array:
-        # Of the numbers that are left, `chosen - ranks` lie below each chosen one: the one sought is above it if that is few.
+        # Below a chosen number c lie c - rank numbers that are still free. Sought is the free number with draws[i] free ones
+        # below it: draws[i], plus one for each c that it lies above, which are those with c - rank <= draws[i].
         ranks = (chosen[None] < chosen[:, None]).sum(1, dtype=jnp.int32)
         return chosen.at[i].set(draws[i] + (chosen - ranks <= draws[i]).sum(dtype=jnp.int32))
 
+    # Places not drawn yet hold a number above all others, so that they count for nothing in `add`.
     return jax.lax.fori_loop(0, count, add, jnp.full(count, total + count, jnp.int32))
 
 
@@ -215,9 +217,9 @@ def as_task(images: Array, *, shots: int) -> Task:
     """Make a task of the images [N, K + Q, H, W, C] uint8 of an episode; class i is labelled i."""
 
     def examples(images: Array) -> Examples:
-        ways, number = images.shape[:2]
-        x = _unit_range(images.reshape(ways * number, *images.shape[2:]))
-        return Examples(x, jnp.repeat(jnp.arange(ways), number, total_repeat_length=ways * number))
+        ways, per_class = images.shape[:2]
+        x = _unit_range(images.reshape(ways * per_class, *images.shape[2:]))
+        return Examples(x, jnp.repeat(jnp.arange(ways), per_class, total_repeat_length=ways * per_class))
 
     return Task(examples(images[:, :shots]), examples(images[:, shots:]))
 

@@ -28,7 +28,7 @@ LEARNERS = {
     "fine_tuning": fine_tuning(FEATURES, X, cross_entropy, rule=0.5, eval_steps=20, **SHARED),
     "nearest_neighbour": nearest_neighbour(FEATURES, X, cross_entropy, **SHARED),
 }
-TRAIN = labelled(BANK[:6], number=16)
+TRAIN = labelled(BANK[:6], batch_size=16)
 TEST = episodes(BANK[6:], ways=3, shots=2, queries=4)
 
 
@@ -90,18 +90,18 @@ def test_nearest_neighbour_by_hand():
 def test_labelled_batches_hold_images_of_their_class():
     bank = np.broadcast_to(np.arange(12, dtype=np.uint8)[:, None, None, None, None], (12, 5, 2, 2, 1)).copy()
     bank[:, 3:] = 99
-    task = labelled(bank, number=6000, counts=[3] * 12)(KEY)
+    task = labelled(bank, batch_size=6000, counts=[3] * 12)(KEY)
     np.testing.assert_array_equal(np.rint(255 * task.support.x[:, 0, 0, 0]), task.support.y)  # and none beyond the counts
     counts = np.bincount(task.support.y, minlength=12)
     assert np.abs(counts - 500).max() < 4.5 * np.sqrt(500 * 11 / 12)
     with pytest.raises(ValueError, match="number must be a whole number"):
-        labelled(bank, number=0)
+        labelled(bank, batch_size=0)
 
 
 def test_labelled_images_are_turned_one_by_one():
     bank = np.zeros((1, 1, 2, 2, 1), np.uint8)
     bank[0, 0, 0, 0] = 255
-    x = labelled(bank, number=4000, rotations=True)(KEY).support.x[..., 0]
+    x = labelled(bank, batch_size=4000, rotations=True)(KEY).support.x[..., 0]
     counts = np.asarray((x == 1.0).sum(0)).ravel()
     assert np.abs(counts - 1000).max() < 4.5 * np.sqrt(4000 * 3 / 16)
 

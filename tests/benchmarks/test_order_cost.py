@@ -57,15 +57,15 @@ def test_settings_change_one_thing_at_a_time():
 
 def test_the_rematerialised_gradient_is_that_of_reverse_mode():
     setting = next(order_cost.settings(order_cost.Options(widths=(4,), points=(5,), num_tasks=2)))
-    norms = [order_cost.program(mode, setting, 2, 1e6).run()[1]["grad_norm"] for mode in ("reverse", "rematerialised")]
+    norms = [order_cost.compile_update(mode, setting, 2, 1e6).run()[1]["grad_norm"] for mode in ("reverse", "rematerialised")]
     assert float(norms[0]) == pytest.approx(float(norms[1]), rel=1e-4)
 
 
 def test_a_setting_that_does_not_fit_says_so_and_the_next_is_measured(tmp_path, monkeypatch, capsys):
-    def program(mode, setting, steps, limit):
+    def compile_update(mode, setting, steps, limit):
         return order_cost.Program(None if steps == 1 else lambda: None, megabytes=2.0 / steps, gigaflops=1.0)
 
-    monkeypatch.setattr(order_cost, "program", program)
+    monkeypatch.setattr(order_cost, "compile_update", compile_update)
     assert order_cost.main([*TINY, "--memory-mb", "1", "--out", str(tmp_path)]) == 0
     times = [row for row in rows_of(tmp_path) if row.metric == "milliseconds per meta-gradient"]
     assert {(row.step, row.mean is None, row.note) for row in times} == {(1, True, harness.NO_ROOM), (2, False, "")}

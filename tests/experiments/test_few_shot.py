@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import runner
 from few_shot_data import load
-from few_shot_learners import adapted_by, build_learner, build_network, outer_optimiser, set_precision
+from few_shot_learners import build_learner, build_network, network_and_rule, outer_optimiser, set_precision
 from few_shot_presets import Method, eval_queries
 from few_shot_trained import Trained, beginning_with, check_begin_with, read_options, read_trained
 from PIL import Image
 
 from mamljax import report
-from mamljax.checkpoint import CheckpointError, claim_directory
 from mamljax.record import read_metrics
+from mamljax.run_directory import CheckpointError, claim_directory
 from mamljax.types import Examples, Task
 
 TINY = [
@@ -412,7 +412,7 @@ def test_tasks_at_a_time(monkeypatch):
 def test_what_a_method_adapts(method, moves):
     """Of the features and of the output layer; the shifts of normalisation and learned step sizes never."""
     options = few_shot.PRESETS["omniglot-5w1s"]
-    network, rule = adapted_by(method, options, 0.5)
+    network, rule = network_and_rule(method, options, 0.5)
     params = jax.eval_shape(network.init, jax.random.key(0))
     ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), params)
     parts = set()

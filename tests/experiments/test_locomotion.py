@@ -12,9 +12,9 @@ import reinforcement
 import runner
 
 from mamljax import report
-from mamljax.checkpoint import CheckpointError
 from mamljax.rl.locomotion import TASKS
 from mamljax.rl.rendering import RenderingError
+from mamljax.run_directory import CheckpointError
 from mamljax.types import State
 
 TINY = (

@@ -69,7 +69,7 @@ def test_a_trajectory_of_known_states():
     np.testing.assert_array_equal(data.ends, np.arange(HORIZON)[:, None] == np.full(TRAJECTORIES, HORIZON - 1))
     np.testing.assert_array_equal(data.time, np.arange(HORIZON)[:, None] + np.zeros(TRAJECTORIES))
     np.testing.assert_allclose(data.actions, 1.0, atol=1e-6)
-    np.testing.assert_array_equal(batch.returns, (states + 1).sum(0))
+    np.testing.assert_array_equal(batch.first_returns, (states + 1).sum(0))
     assert not data.unstable.any()
 
 
@@ -97,7 +97,7 @@ def test_everything_may_be_integers():
     env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=1, action_size=2)
     collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
     batch = collect(KEY, jnp.ones(1), jnp.int32(0))
-    np.testing.assert_array_equal(batch.returns, 1 + 2 + 3)
+    np.testing.assert_array_equal(batch.first_returns, 1 + 2 + 3)
     assert not batch.trajectories.unstable.any()
 
 
@@ -105,7 +105,7 @@ def test_rewards_that_are_never_finite_are_no_return_of_zero():
     env = counter_env(step=broken_step(reward=jnp.float32(jnp.nan)))
     collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
     batch = collect(KEY, jnp.ones(1), env.sample_task(KEY))
-    assert jnp.isnan(batch.returns).all()
+    assert jnp.isnan(batch.first_returns).all()
     assert jnp.isnan(batch.mean_return)
     assert batch.trajectories.unstable.any()
 
@@ -143,10 +143,10 @@ def test_where_a_trajectory_ends_the_next_one_begins(case):
     np.testing.assert_array_equal(data.rewards, mask * (observations + 1))
     first = np.cumsum(ends, axis=0) - ends == 0
     of_first = np.where((first * unstable).any(0), np.nan, (first * mask * (observations + 1)).sum(0))
-    np.testing.assert_array_equal(batch.returns, of_first)
+    np.testing.assert_array_equal(batch.first_returns, of_first)
     np.testing.assert_allclose(batch.mean_return, mean_of_stable(mask * (observations + 1), ends, unstable), rtol=1e-6)
     assert (batch.advantages * (1 - data.mask) == 0).all()
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((data, batch.advantages, batch.spread)))
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((data, batch.advantages, batch.advantage_std)))
 
 
 def mean_of_stable(rewards, ends, unstable):
@@ -176,7 +176,7 @@ def test_to_break_the_simulation_is_not_a_short_trajectory():
     batch = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=20).collect(KEY, jnp.ones(1), jnp.int32(0))
     assert 0 < batch.trajectories.unstable[0].sum() < 20
     assert batch.mean_return == -HORIZON
-    np.testing.assert_array_equal(batch.returns, jnp.where(batch.trajectories.unstable[0] > 0, jnp.nan, -HORIZON))
+    np.testing.assert_array_equal(batch.first_returns, jnp.where(batch.trajectories.unstable[0] > 0, jnp.nan, -HORIZON))
 
 
 def test_an_observation_of_reset_that_is_not_finite_is_unstable():
@@ -200,7 +200,7 @@ def test_a_baseline_of_as_many_features_as_steps_is_warned_of():
 
 def test_a_policy_that_is_not_finite_has_no_return():
     batch = batch_of(params=jnp.nan)
-    assert jnp.isnan(batch.returns).all()
+    assert jnp.isnan(batch.first_returns).all()
     assert jnp.isnan(batch.mean_return)
 
 
@@ -213,7 +213,7 @@ def test_advantages_are_those_of_their_parts(gae_lambda):
     estimated = advantages.generalised_advantages(data.rewards, values, data.ends, discount=0.9, gae_lambda=gae_lambda)
     expected, spread = advantages.standardise(estimated, data.mask)
     np.testing.assert_allclose(batch.advantages, expected, atol=2e-3)
-    np.testing.assert_allclose(batch.spread, spread, rtol=1e-3)
+    np.testing.assert_allclose(batch.advantage_std, spread, rtol=1e-3)
 
 
 @pytest.mark.parametrize(

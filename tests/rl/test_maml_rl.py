@@ -21,15 +21,15 @@ from mamljax.rl.collect import collector
 from mamljax.rl.maml_rl import (
     action_distribution,
     collect_and_adapt,
-    divergence,
     likelihood_ratio_loss,
     maml_rl,
+    mean_kl,
     reinforce_loss,
     surrogate_loss,
 )
-from mamljax.rl.observed import with_task_observed
 from mamljax.rl.promp import promp
 from mamljax.rl.trpo import TrustRegionState, hessian_vector_product, trpo
+from mamljax.rl.wrappers import with_task_observed
 
 MAX_KL = 0.02
 MAML = functools.partial(maml_rl, COLLECTOR, rule=0.3, eval_steps=2)
@@ -294,7 +294,7 @@ def test_losses_and_divergence_are_of_steps_within_trajectories_alone():
     ratio = np.exp(log_prob(*new) - log_prob(*old))
     variances = np.exp(2 * old.log_std), np.exp(2 * new.log_std)
     kl = (new.log_std - old.log_std + (variances[0] + (old.mean - new.mean) ** 2) / (2 * variances[1]) - 0.5)[..., 0]
-    found = (reinforce_loss(MODEL, params, batch), *(fn(batch, new) for fn in (surrogate_loss, divergence)))
+    found = (reinforce_loss(MODEL, params, batch), *(fn(batch, new) for fn in (surrogate_loss, mean_kl)))
     expected = (-average(log_prob(*new) * batch.advantages), -average(ratio * batch.advantages), average(kl))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
@@ -329,13 +329,13 @@ def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
             for batch, judge in ((first, second), (second, third)):
                 gradient = jax.grad(functools.partial(reinforce_loss, MODEL))(params, batch)
                 params = jax.tree.map(lambda leaf, slope: leaf - 0.3 * slope, params, gradient)
-                total += judge.spread * surrogate_loss(judge, action_distribution(MODEL, params, judge))
-            return total / (second.spread + third.spread)
+                total += judge.advantage_std * surrogate_loss(judge, action_distribution(MODEL, params, judge))
+            return total / (second.advantage_std + third.advantage_std)
 
         return spy.seen["value"], spy.seen["grads"], loss(state.params), jax.grad(loss)(state.params), (second, third)
 
     value, grads, expected, expected_grads, judges = run()
-    assert len({round(float(judge.spread), 3) for judge in judges}) == 2  # else it would not matter what is on which scale
+    assert len({round(float(judge.advantage_std), 3) for judge in judges}) == 2  # else no scale matters
     np.testing.assert_allclose(value, expected, atol=1e-6)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), grads, expected_grads)
 

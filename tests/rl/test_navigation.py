@@ -7,7 +7,7 @@ import pytest
 
 from mamljax.rl.environment import Environment, Step
 from mamljax.rl.navigation import navigation
-from mamljax.rl.observed import with_task_observed
+from mamljax.rl.wrappers import with_task_observed
 
 KEY = jax.random.key(0)
 GOAL = jnp.array([0.15, -0.1])

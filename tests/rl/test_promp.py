@@ -18,9 +18,9 @@ from mamljax.rl.collect import collector
 from mamljax.rl.maml_rl import (
     action_distribution,
     collect_and_adapt,
-    divergence,
     likelihood_ratio_loss,
     maml_rl,
+    mean_kl,
     surrogate_loss,
 )
 from mamljax.rl.promp import clipped_loss, promp
@@ -80,7 +80,7 @@ def test_two_steps_on_what_two_steps_of_adaptation_gathered():
         *before, (judge, adapted) = along(params, batches)
         ratio, advantages = ratio_of(judge, adapted), judge.advantages
         clipped = jnp.where(advantages > 0, jnp.minimum(ratio, 1 + clip), jnp.maximum(ratio, 1 - clip))
-        strayed = [divergence(*policy) for policy in before]
+        strayed = [mean_kl(*policy) for policy in before]
         return -(clipped * advantages).mean() + kl_weight * (strayed[0] + strayed[1]) / 2  # no step is masked here
 
     @jax.jit
@@ -91,7 +91,7 @@ def test_two_steps_on_what_two_steps_of_adaptation_gathered():
             ratios = jax.vmap(lambda batches, params=params: ratio_of(*along(params, batches)[2]))(batches)
             grads = jax.grad(lambda params: jax.vmap(loss, (None, 0))(params, batches).mean())(params)
             params = jax.tree.map(lambda leaf, slope: leaf - lr * slope, params, grads)
-        kl = jax.vmap(lambda batches: jnp.stack([divergence(*policy) for policy in along(params, batches)]))(batches)
+        kl = jax.vmap(lambda batches: jnp.stack([mean_kl(*policy) for policy in along(params, batches)]))(batches)
         return params, ratios, kl.mean(0)
 
     expected, ratios, kl = written_out(state.params)

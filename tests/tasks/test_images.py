@@ -142,7 +142,7 @@ def test_the_bank_is_an_argument_of_the_compiled_program():
 
 
 @pytest.mark.parametrize(
-    "sampler", [lambda bank: episodes(bank, ways=3, shots=1, queries=1), lambda bank: labelled(bank, number=4)]
+    "sampler", [lambda bank: episodes(bank, ways=3, shots=1, queries=1), lambda bank: labelled(bank, batch_size=4)]
 )
 def test_what_becomes_of_the_images_later_does_not_matter(sampler):
     room = np.empty(BANK.size + 64, np.uint8)
