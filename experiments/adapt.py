@@ -24,12 +24,14 @@ from few_shot_trained import read_options, read_trained
 from mamljax.checks import check_count
 from mamljax.data.bank import DataError
 from mamljax.data.decoding import decode
-from mamljax.data.folders import SUFFIXES
+from mamljax.data.folders import SUFFIXES, images_of_class
 from mamljax.files import write_atomically
 from mamljax.losses import cross_entropy
 from mamljax.maml import fine_tune
 from mamljax.run_directory import CheckpointError
 from mamljax.types import Examples
+
+AT_A_TIME = 256  # images to classify
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,13 +76,12 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
             f"{options.support} holds {len(folders)} class folders, but the network of {options.checkpoint} tells {run.ways} "
             f"classes apart. Give {run.ways}{alternative}"
         )
-    files = [images_in(folder) for folder in folders]
+    files = [images_of_class(folder) for folder in folders]
     if run.statistics == "inductive" and any(len(of_class) != run.shots for of_class in files):
         raise DataError(f"an inductive network needs exactly {run.shots} support images of each class, as in its training.")
     queries = images_in(options.query)
     labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
     support = Examples(load([file for of_class in files for file in of_class], run), labels)
-    images = load(queries, run)
 
     set_precision(run)
     trained = read_trained(options.checkpoint / "checkpoints" / options.method, run.ways)
@@ -90,12 +91,17 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     def logits(x: jax.Array) -> jax.Array:
         return network.apply(adapted, jnp.concatenate([support.x, x[None]]))[-1]
 
-    probabilities = jax.nn.softmax(jax.lax.map(logits, images))
-    if not jnp.isfinite(probabilities).all():
+    @jax.jit
+    def probabilities_of(images: jax.Array) -> jax.Array:
+        return jax.nn.softmax(jax.lax.map(logits, images))
+
+    starts = range(0, len(queries), AT_A_TIME)
+    probabilities = np.concatenate([probabilities_of(load(queries[start : start + AT_A_TIME], run)) for start in starts])
+    if not np.isfinite(probabilities).all():
         raise ValueError(
             f"adaptation diverged: the probabilities are not finite after {steps} steps. Lower --inner-lr or --steps."
         )
-    return [folder.name for folder in folders], [str(file) for file in queries], np.asarray(probabilities)
+    return [folder.name for folder in folders], [str(file) for file in queries], probabilities
 
 
 def listed(directory: Path) -> list[Path]:
@@ -108,27 +114,33 @@ def listed(directory: Path) -> list[Path]:
 
 def images_in(directory: Path) -> list[Path]:
     """All image files in a directory and below, but for hidden ones, in the order of their names; at least one."""
-    listed(directory)
-    found = (path for path in directory.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
-    files = sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(directory).parts))
+    files, entered, waiting = [], set(), [directory]
+    while waiting:
+        folder = waiting.pop()
+        if folder.resolve() in entered:  # by a symbolic link
+            continue
+        entered.add(folder.resolve())
+        inside = listed(folder)
+        waiting += [path for path in inside if path.is_dir()]
+        files += [path for path in inside if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not files:
         raise DataError(f"{directory} holds no images ({' '.join(SUFFIXES)}).")
-    return files
+    return sorted(files)
 
 
 def load(files: Sequence[Path], run: RunOptions) -> jax.Array:
     """Read images as the network was trained on them: [n, H, W, C] float32 in [0, 1]."""
     _, size, _, channels = image_shape(run)
     images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files])
-    return jnp.asarray((255 - images if run.dataset == "omniglot" else images) / 255, jnp.float32)
+    return jnp.asarray((255 - images if run.dataset == "omniglot" else images).astype(np.float32) / 255)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Adapt, predict, and write the CSV file; returns 2 if something is wrong with the input."""
     options = tyro.cli(Options, args=argv)
     try:
-        if options.out.is_dir():
-            raise ValueError(f"--out must be the file to write, but {options.out} is a directory.")
+        if options.out.exists() and not options.out.is_file():
+            raise ValueError(f"--out must be the file to write, but {options.out} is something else.")
         names, files, probabilities = predict(options)
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")

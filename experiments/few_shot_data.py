@@ -1,9 +1,12 @@
 """The images of `few_shot.py`, and what it draws from them."""
 
+import functools
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from few_shot_presets import TRANSFER, Options, eval_queries
+from jax import Array
 
 from mamljax.data.bank import Bank, images_of
 from mamljax.data.folders import image_folders, split_folders
@@ -43,6 +46,10 @@ def load(options: Options) -> Data:
     rotations = options.dataset == "omniglot"
     shared = {"ways": options.ways, "shots": options.shots, "rotations": rotations}
 
+    @functools.cache
+    def images_on_device(part: str) -> Array:
+        return jax.device_put(images_of(bank, split[part]))
+
     def sampler(part: str, queries: int) -> SampleFn:
         classes = split[part]
         check_images(bank, classes, options.shots + queries, part, "--queries" if part == "train" else "--eval-queries")
@@ -51,7 +58,7 @@ def load(options: Options) -> Data:
             if options.images_on == "host":
                 sample = HostEpisodes(bank.images, classes=classes, **arguments)
             else:
-                sample = episodes(images_of(bank, classes), **arguments)
+                sample = episodes(images_on_device(part), **arguments)
         except ValueError as error:
             raise ValueError(f"the {part} split, {len(classes)} of {len(bank.names)} classes: {error}") from error
         return inductive(sample) if options.statistics == "inductive" else sample
@@ -60,7 +67,7 @@ def load(options: Options) -> Data:
     if set(TRANSFER) & set(options.method):
         batch_size = options.ways * (options.shots + options.queries)
         counts = bank.counts[split["train"]]
-        classifier_sample = labelled(images_of(bank, split["train"]), batch_size=batch_size, rotations=rotations, counts=counts)
+        classifier_sample = labelled(images_on_device("train"), batch_size=batch_size, rotations=rotations, counts=counts)
     return Data(
         num_classes=len(split["train"]),
         checksum=bank.checksum,

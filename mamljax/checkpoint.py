@@ -4,6 +4,7 @@ import os
 import shutil
 import sys
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,9 @@ class Checkpoints:
             CheckpointError: the disk is full or cannot be written; earlier checkpoints are still there.
         """
         tree = _without_keys(tree)
-        seal = {"checksum": _checksum(tree), "shapes": _shapes(tree)}
-        on_host = jax.tree.map(np.asarray, tree)  # JAX arrays would be parts of global ones, where there are several processes
-        items = ocp.args.Composite(tree=ocp.args.StandardSave(on_host), seal=ocp.args.JsonSave(seal))
+        seal = {"checksum": _checksum(tree), "shapes": _shapes(tree), "flat": True}
+        # As NumPy arrays: JAX's would be parts of global ones, where there are several processes.
+        items = ocp.args.Composite(tree=ocp.args.StandardSave(_flat(tree)), seal=ocp.args.JsonSave(seal))
         try:
             self._manager.save(step, args=items, force=True)
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
@@ -112,7 +113,10 @@ class Checkpoints:
                     f"{saved.get(path, 'nothing')}, expected {expected.get(path, 'nothing')}. Choose another directory."
                 )
         target = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), plain)
-        tree = self._manager.restore(step, args=ocp.args.Composite(tree=ocp.args.StandardRestore(target)))["tree"]
+        flat = seal.get("flat", False)  # an earlier version left the structure to Orbax
+        args = ocp.args.StandardRestore(_flat(target) if flat else target)
+        found = self._manager.restore(step, args=ocp.args.Composite(tree=args))["tree"]
+        tree = _filled(target, found) if flat else found
         if _checksum(tree) != seal["checksum"]:
             raise ValueError("its checksum does not match")
         return tree
@@ -131,6 +135,20 @@ def _is_key(leaf: Any) -> bool:
 def _without_keys(tree: PyTree) -> PyTree:
     """Random keys as the integers behind them, which can be stored."""
     return jax.tree.map(lambda leaf: jax.random.key_data(leaf) if _is_key(leaf) else leaf, tree)
+
+
+def _flat(tree: PyTree) -> dict[str, np.ndarray]:
+    """The arrays of a tree by their number, as NumPy's. Orbax would store "a.b" and "b" within "a" in one place.
+
+    It stores no empty arrays; these are left out.
+    """
+    return {f"{index:06}": np.asarray(leaf) for index, leaf in enumerate(jax.tree.leaves(tree)) if leaf.size}
+
+
+def _filled(tree: PyTree, flat: Mapping[str, np.ndarray]) -> PyTree:
+    """A tree with the arrays that `_flat` has made of one like it."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten([flat.get(f"{index:06}", leaf) for index, leaf in enumerate(leaves)])
 
 
 def _as_jax_arrays(tree: PyTree, like: PyTree) -> PyTree:

@@ -60,12 +60,19 @@ def num_shares() -> int:
     return dict(mesh.shape).get("tasks", 1)
 
 
+def check_shares(num_tasks: int, num_devices: int) -> None:
+    """Raise `ValueError` unless so many devices can take equal shares of the tasks."""
+    if num_tasks % num_devices:
+        raise ValueError(f"num_tasks must be a multiple of the number of devices, {num_devices}, got {num_tasks}.")
+
+
 def divide(
     fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, tasks: PyTree, *, common_spec: PartitionSpec = EVERYWHERE
 ) -> PyTree:
     """Apply `fn(common, tasks)` to each device's share of the leading axis of `tasks`; the results are joined along it."""
     if num_shares() == 1:
         return fn(common, tasks)
+    check_shares(len(jax.tree.leaves(tasks)[0]), num_shares())
     specs = {"in_specs": (common_spec, BY_TASK), "out_specs": BY_TASK}
     return jax.shard_map(fn, **specs, **PER_DEVICE)(common, tasks)
 
@@ -74,6 +81,7 @@ def mean_over_devices(fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, ta
     """Apply `fn(common, tasks)` to each device's share of the leading axis of `tasks`; the results are averaged."""
     if num_shares() == 1:
         return fn(common, tasks)
+    check_shares(len(jax.tree.leaves(tasks)[0]), num_shares())
     specs = {"in_specs": (EVERYWHERE, BY_TASK), "out_specs": EVERYWHERE}
     return jax.shard_map(lambda *args: lax.pmean(fn(*args), "tasks"), **specs, **PER_DEVICE)(common, tasks)
 

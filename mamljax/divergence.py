@@ -26,7 +26,7 @@ def finite_means(metrics: Metrics, finite: PyTree, done: int, stop: int, where: 
         if not np.all(leaf):
             name = "params" + jax.tree_util.keystr(path)
             raise DivergenceError(f"{name} is no longer finite after meta-update {stop}{where}. Lower the outer step size.")
-    return {name: float(values.mean()) for name, values in metrics.items()}
+    return {name: float(values.mean(dtype=np.float64)) for name, values in metrics.items()}
 
 
 def _check_metrics(metrics: dict[str, np.ndarray], done: int, where: str) -> None:

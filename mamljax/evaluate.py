@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from mamljax.checks import check_count, warn_of_constant_tasks
@@ -48,15 +49,20 @@ def evaluate(
     chunk_size = num_tasks if chunk_size is None else chunk_size
     check_count("chunk_size", chunk_size)
 
-    return _compile(learner, num_tasks, min(chunk_size, num_tasks))(state, key, as_partial(sample))
+    sample, carried = (None, sample) if isinstance(sample, Partial) else (sample, None)
+    return _compile(learner, sample, num_tasks, min(chunk_size, num_tasks))(state, key, carried)
 
 
-@functools.lru_cache(maxsize=32)  # not a static argument of `jit`, which would keep every learner there ever was
-def _compile(learner: MetaLearner, num_tasks: int, chunk_size: int) -> Callable[[State, Array, SampleFn], Metrics]:
-    return jax.jit(functools.partial(_evaluate, learner, num_tasks, chunk_size))
+@functools.lru_cache(maxsize=32)  # not static arguments of `jit`, which would keep every learner and sampler there ever was
+def _compile(learner: MetaLearner, sample: SampleFn | None, num_tasks: int, chunk_size: int) -> Callable[..., Metrics]:
+    def run(state: State, key: Array, carried: Partial | None) -> Metrics:
+        sampler = carried if sample is None else as_partial(sample)
+        return _evaluate(learner, sampler, num_tasks, chunk_size, state, key)
+
+    return jax.jit(run)
 
 
-def _evaluate(learner: MetaLearner, num_tasks: int, chunk_size: int, state: State, key: Array, sample: SampleFn) -> Metrics:
+def _evaluate(learner: MetaLearner, sample: Partial, num_tasks: int, chunk_size: int, state: State, key: Array) -> Metrics:
     def one_task(state: State, sample: SampleFn, key: Array) -> Metrics:
         sample_key, evaluate_key = jax.random.split(key)
         return learner.evaluate(evaluate_key, state, sample(sample_key))

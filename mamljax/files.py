@@ -12,11 +12,12 @@ def user_cache() -> Path:
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader, or a kill, finds the old content or the new but nothing in between.
 
-    Of several processes that write it at once, the last one's remains.
+    Of several processes that write it at once, the last one's remains. A symbolic link is followed.
     """
+    path = path.resolve()
     draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with draft.open("w", encoding="utf-8") as file:
+        with draft.open("w", encoding="utf-8", errors="surrogateescape") as file:  # as in names of files
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -10,12 +10,16 @@ from typing import Any
 
 @contextlib.contextmanager
 def interruptions() -> Iterator[threading.Event]:
-    """Turn the first Ctrl-C or SIGTERM into an event, so that the update under way can be finished and saved."""
+    """Turn the first Ctrl-C or SIGTERM into an event, so that the update under way can be finished and saved.
+
+    A signal that the process ignores, as a shell has it for what runs in the background, stays ignored.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: handler for number, handler in previous.items() if handler is not signal.SIG_IGN}
 
     def restore_handlers() -> None:
         for number, handler in previous.items():
@@ -24,7 +28,7 @@ def interruptions() -> Iterator[threading.Event]:
     def on_signal(number: int, frame: Any) -> None:
         event.set()
         restore_handlers()
-        print("\nStopping after the updates under way, to save. Once more to stop at once.", file=sys.stderr)
+        print("\nStopping after the updates under way. Once more to stop at once.", file=sys.stderr)
 
     for number in previous:
         signal.signal(number, on_signal)

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from mamljax.checks import warn_of_constant_tasks
 from mamljax.devices import BY_TASK, EVERYWHERE, divide, host, place
-from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State
 
 LOGGED = ("update", "seconds", "validation_error")  # what a line of the log has beside the metrics
 INIT = 2**32 - 1  # what is folded into the key of the first state: a number that no meta-update has
@@ -82,14 +82,14 @@ def _keys_of_update(key: Array, t: Array, num_tasks: int) -> tuple[Array, Array]
 
 
 def sampler_by_update(
-    sample: SampleFn, key: Array, num_tasks: int, length: int, mesh: Mesh | None
+    sample: SampleFn | None, key: Array, num_tasks: int, length: int, mesh: Mesh | None
 ) -> tuple[Callable[[int], SampleFn], PartitionSpec]:
     """Build the function from a meta-update to a sampler, on its devices, that serves it and the next `length - 1`.
 
     Returns it and how the sampler's arrays lie on several devices: where tasks are prepared, each has those of its own.
     """
     if not hasattr(sample, "prepare"):
-        always = place(as_partial(sample), mesh)
+        always = place(sample, mesh)
         return lambda start: always, EVERYWHERE
     devices = np.array(jax.local_devices()[:1]) if mesh is None else mesh.devices
     mine = np.flatnonzero([device.process_index == jax.process_index() for device in devices])

@@ -245,7 +245,7 @@ def with_context(model: Model, shape: int | tuple[int, ...]) -> Model:
         context = jnp.broadcast_to(params["context"].astype(dtype), (*x.shape[:-1], shape[-1]))
         return model.apply(params["network"], jnp.concatenate([x, context], axis=-1))
 
-    return Model(init, apply)
+    return type(model)(init, apply)  # it stays a model that learns its rule, if it is one
 
 
 def mixed_precision(model: Model, dtype: DTypeLike = jnp.bfloat16) -> Model:
@@ -280,4 +280,4 @@ def mixed_precision(model: Model, dtype: DTypeLike = jnp.bfloat16) -> Model:
         full = jnp.result_type(*jax.tree.leaves(params))
         return jax.tree.map(lambda output: output.astype(full), outputs)
 
-    return Model(model.init, apply)
+    return model._replace(apply=apply)  # it stays a model that learns its rule, if it is one

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ class Record:
         if self.directory is None:
             return self
         make_directory(self.directory)
-        with contextlib.ExitStack() as files:
+        with contextlib.ExitStack() as files, self._writing():
             try:
                 files.enter_context(filelock.FileLock(self.directory / "lock").acquire(blocking=False))
             except filelock.Timeout as error:
@@ -56,18 +57,30 @@ class Record:
         self.saved_update, tree = self.checkpoints.restore(like) or (None, like)
         done = self.saved_update or 0
         path = self.directory / "metrics.jsonl"
-        lines = [line for line in read_metrics(path) if line["update"] <= done]
-        self.seconds_before = lines[-1]["seconds"] if lines else 0.0
-        write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-        self.log_file = self.files.enter_context(path.open("a", buffering=1))
-        if self.tensorboard:
-            writer = _summary_writer(self.directory / "tensorboard", purge_step=done + 1)
-            self.writer = self.files.enter_context(contextlib.closing(writer))
+        with self._writing():
+            lines = [line for line in read_metrics(path) if line["update"] <= done]
+            self.seconds_before = lines[-1]["seconds"] if lines else 0.0
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+            self.log_file = self.files.enter_context(path.open("a", buffering=1))
+            if self.tensorboard:
+                writer = _summary_writer(self.directory / "tensorboard", purge_step=done + 1)
+                self.writer = self.files.enter_context(contextlib.closing(writer))
         return done, tree
 
     def __exit__(self, *exception: object) -> None:
         """Close all files and let other processes in."""
-        self.files.close()
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was said when it was
+            self.files.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot write to {self.directory}: {error.strerror or error}{self.where}. Make room there, or choose another "
+                "directory."
+            ) from error
 
     @property
     def seconds(self) -> float:
@@ -88,10 +101,11 @@ class Record:
             return
         line = {"update": update, **line, "seconds": round(self.seconds, 3)}
         plain = {name: value if math.isfinite(value) else None for name, value in line.items()}
-        self.log_file.write(json.dumps(plain) + "\n")
-        if self.tensorboard:
-            for name, value in line.items():
-                self.writer.add_scalar(name, value, update)
+        with self._writing():
+            self.log_file.write(json.dumps(plain) + "\n")
+            if self.tensorboard:
+                for name, value in line.items():
+                    self.writer.add_scalar(name, value, update)
 
     def is_due(self, seconds: float) -> bool:
         """Whether the last checkpoint is older than that."""

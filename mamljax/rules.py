@@ -120,12 +120,19 @@ def _is_number(value: object) -> bool:
 
 
 def _with_dead_units(ones: PyTree) -> list[PyTree]:
-    """Gradients with the zeros that dead ReLUs leave: a first entry of each array; every other array, and then the others."""
+    """Gradients with the zeros that dead ReLUs leave: a first of several entries; every other array, and then the others."""
     leaves, structure = jax.tree.flatten(ones)
-    first_entries = [np.append(0, leaf.ravel()[1:]).astype(leaf.dtype).reshape(leaf.shape) for leaf in leaves]
+    first_entries = [_with_dead_unit(leaf) for leaf in leaves]
     whole = [[leaf * ((index + parity) % 2) for index, leaf in enumerate(leaves)] for parity in (0, 1)]
     # Not all at once: the norm of a gradient of zero has no derivative, which is no reason to refuse a rule that clips it.
     return [structure.unflatten(gradient) for gradient in (first_entries, *(whole if len(leaves) > 1 else ()))]
+
+
+def _with_dead_unit(leaf: np.ndarray) -> np.ndarray:
+    leaf = leaf.copy()
+    if leaf.size > 1:
+        leaf.flat[0] = 0
+    return leaf
 
 
 def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.GradientTransformation]:

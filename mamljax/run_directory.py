@@ -42,8 +42,7 @@ def claim_directory(
         _write_config(path, config)
     saved = {name: value for name, value in read_config(directory).items() if name not in free}
     found = {**defaults, **saved}
-    # As JSON, in which a NaN equals a NaN.
-    keys = [key for key in sorted(config.keys() | found.keys()) if json.dumps(config.get(key)) != json.dumps(found.get(key))]
+    keys = [key for key in sorted(config.keys() | found.keys()) if not _are_equal(config.get(key), found.get(key))]
     if keys and found.keys() == config.keys() and not _is_used(directory):
         _write_config(path, config)
     elif keys:
@@ -56,6 +55,13 @@ def claim_directory(
             f"{directory} holds a run of another configuration: it has {there}, this one {given}. "
             "Choose another directory, or delete that one."
         )
+
+
+def _are_equal(value: Any, other: Any) -> bool:
+    def plain(value: Any) -> str:  # in which NaN equals NaN, and 1 is 1.0 but not true
+        return json.dumps(json.loads(json.dumps(value), parse_int=float), sort_keys=True)
+
+    return plain(value) == plain(other)
 
 
 def _json_value(name: str, value: Any) -> Any:

@@ -11,28 +11,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mamljax.checkpoint import Checkpoints
 from mamljax.checks import check_count, check_counts
-from mamljax.devices import any_host, from_first_host, is_first_host, on, place, take_back, task_mesh
+from mamljax.devices import any_host, check_shares, from_first_host, is_first_host, place, take_back, task_mesh
 from mamljax.divergence import finite_means
 from mamljax.interruption import interruptions
-from mamljax.loop import INIT, meta_updates, sampler_by_update, vmap_over_seeds
+from mamljax.loop import sampler_by_update, vmap_over_seeds
+from mamljax.programs import best_program, best_state, first_snapshot, start_program, update_program, validation_programs
 from mamljax.record import Record
 from mamljax.run_directory import CheckpointError, read_config
-from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial
-
-
-class Snapshot(NamedTuple):
-    """What a checkpoint holds. Trained from several keys, every leaf has a leading axis [seeds]."""
-
-    state: State
-    best: State  # that of the lowest validation error so far
-    best_error: Array  # [] float32, infinity before the first validation
+from mamljax.types import MetaLearner, SampleFn, State, closed_over_or_carried
 
 
 class Result(NamedTuple):
@@ -102,8 +94,9 @@ def fit(
         ValueError: a count out of range, TensorBoard without a directory, a name in `config` that is `fit`'s own or a value
             that JSON has not, metrics or a validation error that are not scalars, or tasks that the devices do not divide.
         CheckpointError: the directory cannot be used; see `Checkpoints`.
-        DivergenceError: a metric or a parameter is not finite. The last good checkpoint is kept.
-        KeyboardInterrupt: Ctrl-C or SIGTERM, after saving.
+        DivergenceError: a metric or a parameter is not finite, even if the optimiser would skip it, as
+            `optax.apply_if_finite` does. The last good checkpoint is kept.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after saving to `directory`, if there is one.
     """
     check_count("num_updates", num_updates, minimum=0)
     check_counts(num_tasks=num_tasks, log_every=log_every, validate_every=validate_every)
@@ -112,15 +105,20 @@ def fit(
     _check_key(key)
     mesh = _checked_mesh(mesh, num_tasks)
     # A compiled call ends at each multiple of either, so that every line of the log is of the same meta-updates after a resume.
-    every = [log_every] if validate_fn is None else [log_every, validate_every]
-    sampler_from, sampler_spec = sampler_by_update(sample, key, num_tasks, min(every), mesh)
-    programs = _compile(learner, key.shape, num_tasks, min(every), mesh, sampler_spec)
-    validate_fn = validate_fn and place(as_partial(validate_fn), mesh)
-    config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=num_tasks)
+    validated = validate_fn is not None
+    every = [log_every, validate_every] if validated else [log_every]
+    length = min(every)  # of a compiled call
+    sample, carried_sample = closed_over_or_carried(sample)
+    sampler_from, sampler_spec = sampler_by_update(carried_sample, key, num_tasks, length, mesh)
+    run = update_program(learner, sample, key.shape, num_tasks, length, mesh, sampler_spec)
+    validate_fn, carried_validate_fn = closed_over_or_carried(validate_fn)
+    validate, check_validation = validation_programs(validate_fn, key.shape, mesh)
+    carried_validate_fn = place(carried_validate_fn, mesh)
+    config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=int(num_tasks))
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(Record(directory if is_first_host() else None, config, tensorboard=tensorboard))
         interrupted = stack.enter_context(interruptions())
-        done, snapshot = from_first_host(record.restore(programs.start(key)))
+        done, snapshot = from_first_host(record.restore(start_program(learner, key.shape)(key)))
         done, snapshot, key = int(done), place(snapshot, mesh), place(key, mesh)
         _check_done(done, num_updates, directory)
         progress = progress and is_first_host()
@@ -130,16 +128,16 @@ def fit(
         started, sampler = time.monotonic(), sampler_from(done)
         while done < num_updates and not any_host(interrupted.is_set() or time.monotonic() - started >= max_seconds):
             stop = min(num_updates, *(done + n - done % n for n in every))  # the next multiple of one of them
-            state, metrics, finite = programs.run(snapshot.state, key, done, stop, sampler)
+            state, metrics, finite = run(snapshot.state, key, done, stop, sampler)
             # While the device computes:
             if stop < num_updates:
                 sampler = sampler_from(stop)
-            if validate_fn:
-                programs.check_validation(snapshot, validate_fn)
+            if validated:  # what is wrong with `validate_fn` should not show hours later
+                check_validation(snapshot, carried_validate_fn)
             line = finite_means(metrics, finite, done, stop, record.where)
             snapshot = snapshot._replace(state=state)
-            if validate_fn and (stop % validate_every == 0 or stop == num_updates):
-                snapshot, error = programs.validate(snapshot, validate_fn)
+            if validated and (stop % validate_every == 0 or stop == num_updates):
+                snapshot, error = validate(snapshot, carried_validate_fn)
                 line["validation_error"] = float(np.mean(error))
             bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}, refresh=False)
             bar.update(stop - done)
@@ -150,50 +148,10 @@ def fit(
             if record.is_due(checkpoint_seconds):
                 record.save(done, take_back(snapshot, mesh))
         record.save(done, take_back(snapshot, mesh))
-    if any_host(interrupted.is_set()):
-        raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where}")
+    if any_host(interrupted.is_set()) and (directory is not None or done < num_updates):  # else nothing would be left of it
+        raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where or '; nothing is kept'}")
     snapshot = take_back(snapshot, mesh)
-    return Result(snapshot.state, programs.best(snapshot), done, record.seconds)
-
-
-class _Programs(NamedTuple):
-    """The compiled parts of a training."""
-
-    start: Callable  # key -> Snapshot, on one device
-    run: Callable  # (state, key, start, stop, sampler) -> (state, metrics, whether each parameter is finite)
-    validate: Callable  # (Snapshot, validate_fn) -> (Snapshot, error)
-    check_validation: Callable  # the same without a result: what is wrong with `validate_fn` should not show hours later
-    best: Callable  # Snapshot -> state, on one device
-
-
-# Kept, so that to train the same learner again, from another seed for example, needs no compiling again.
-@functools.lru_cache(maxsize=8)
-def _compile(
-    learner: MetaLearner, seeds: tuple[int, ...], num_tasks: int, length: int, mesh: Mesh | None, sampler_spec: PartitionSpec
-) -> _Programs:
-    by_seed = functools.partial(vmap_over_seeds, seeds)
-    loop = meta_updates(learner, num_tasks, length, sampler_spec=sampler_spec)
-
-    def run(*args: Any) -> tuple[State, Metrics, PyTree]:
-        state, metrics = loop(*args)
-        return state, metrics, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state.params)
-
-    def on_mesh(compiled: Callable) -> Callable:
-        def call(*args: Any) -> Any:
-            with on(mesh):
-                return compiled(*args)
-
-        return call
-
-    validate = jax.jit(by_seed(_validate, (0, None)))
-    return _Programs(
-        start=jax.jit(by_seed(functools.partial(_start, learner))),
-        # The state's memory is used again, so `best` must never share it.
-        run=on_mesh(jax.jit(by_seed(run, (0, 0, None, None, None)), donate_argnums=0)),
-        validate=on_mesh(validate),
-        check_validation=on_mesh(validate.eval_shape),
-        best=jax.jit(by_seed(_best)),
-    )
+    return Result(snapshot.state, best_program(key.shape)(snapshot), done, record.seconds)
 
 
 def _progress_bar(label: str, done: int, total: int, *, shown: bool) -> tqdm:
@@ -224,10 +182,10 @@ def read_best(learner: MetaLearner, directory: str | Path, *, seed: int | None =
     seeds = np.shape(config["key"])[:-1]
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
     by_seed = functools.partial(vmap_over_seeds, seeds)
-    saved = Checkpoints(directory, None).restore(jax.eval_shape(by_seed(functools.partial(_start, learner)), key))
+    saved = Checkpoints(directory, None).restore(jax.eval_shape(by_seed(functools.partial(first_snapshot, learner)), key))
     if saved is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
-    best = by_seed(_best)(saved[1])
+    best = by_seed(best_state)(saved[1])
     if seed is None:
         return best
     if seeds == () or not 0 <= seed < seeds[0]:
@@ -240,8 +198,8 @@ def read_best(learner: MetaLearner, directory: str | Path, *, seed: int | None =
 def _checked_mesh(mesh: Mesh | None, num_tasks: int) -> Mesh | None:
     """The mesh over which tasks are divided, all devices of the one that was given."""
     mesh = None if mesh is None else task_mesh(mesh)
-    if mesh is not None and num_tasks % mesh.size:
-        raise ValueError(f"num_tasks must be a multiple of the number of devices, {mesh.size}, got {num_tasks}.")
+    if mesh is not None:
+        check_shares(num_tasks, mesh.size)
     return mesh
 
 
@@ -265,24 +223,3 @@ def _check_key(key: Array) -> None:
     if not isinstance(key, Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1 or key.size == 0:
         got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
         raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {got}.")
-
-
-def _start(learner: MetaLearner, key: Array) -> Snapshot:
-    first = learner.init(jax.random.fold_in(key, INIT))
-    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), first)  # no weak types: they would retrace
-    return Snapshot(state, state, jnp.float32(jnp.inf))
-
-
-def _validate(snapshot: Snapshot, validate_fn: Callable[[State], Array]) -> tuple[Snapshot, Array]:
-    error = jnp.asarray(validate_fn(snapshot.state), snapshot.best_error.dtype)
-    if error.shape != ():
-        raise ValueError(f"validate_fn must return a number for the whole state, got shape {error.shape}. Take the mean.")
-    better = error < snapshot.best_error
-    best = optax.tree.where(better, snapshot.state, snapshot.best)
-    return Snapshot(snapshot.state, best, jnp.where(better, error, snapshot.best_error)), error
-
-
-def _best(snapshot: Snapshot) -> State:
-    """The best state, or the last one if none was validated, or none with a finite error."""
-    validated = jnp.isfinite(snapshot.best_error)
-    return optax.tree.where(validated, snapshot.best, snapshot.state)

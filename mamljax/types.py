@@ -59,3 +59,12 @@ def as_partial(fn: Callable) -> Partial:
     Arrays that a `Partial` carries are arguments with it; those that a plain function closes over remain constants.
     """
     return fn if isinstance(fn, Partial) else Partial(fn)
+
+
+def closed_over_or_carried(fn: Callable | None) -> tuple[Callable | None, Callable | None]:
+    """Divide functions by how compiled programs get them: those that close over data, and those that carry it as arguments.
+
+    As an argument, JAX would never let go of a function that closes over data, nor of the data.
+    """
+    carries = isinstance(fn, Partial) or hasattr(fn, "prepare")  # see `tasks.host.HostTasks`
+    return (None, fn) if carries else (fn, None)

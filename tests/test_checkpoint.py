@@ -9,8 +9,10 @@ import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
+from mamljax import checkpoint
 from mamljax.checkpoint import Checkpoints
 from mamljax.files import write_atomically
 from mamljax.run_directory import CheckpointError, claim_directory, read_config
@@ -52,6 +54,25 @@ def test_round_trip(two):
     assert step == 2
     assert isinstance(tree, State)
     assert_equal(tree, scaled(2))
+
+
+def test_names_with_dots_and_empty_arrays(tmp_path):
+    tree = {"a": {"b": jnp.zeros(2)}, "a.b": jnp.ones(2), "empty": jnp.zeros((0, 3))}
+    Checkpoints(tmp_path, {}).save(1, tree)
+    _, found = Checkpoints(tmp_path, {}).restore(jax.eval_shape(lambda: tree))
+    assert_equal(found, tree)
+    assert found["empty"].shape == (0, 3)
+
+
+def test_a_checkpoint_of_an_earlier_version(tmp_path):
+    """Its structure was left to Orbax."""
+    on_host = jax.tree.map(np.asarray, TREE)
+    seal = {"checksum": checkpoint._checksum(on_host), "shapes": checkpoint._shapes(on_host)}
+    items = ocp.args.Composite(tree=ocp.args.StandardSave(on_host), seal=ocp.args.JsonSave(seal))
+    Checkpoints(tmp_path, {})._manager.save(3, args=items)
+    step, found = restored(tmp_path)
+    assert step == 3
+    assert_equal(found, TREE)
 
 
 def test_random_keys_of_any_kind(tmp_path):

@@ -161,6 +161,14 @@ def test_devices_divide_the_meta_batch():
         train(mesh=task_mesh(4), num_tasks=6)
 
 
+def test_tasks_that_the_devices_do_not_divide_where_the_mesh_is_set_outside():
+    with (
+        jax.set_mesh(task_mesh(4)),
+        pytest.raises(ValueError, match="num_tasks must be a multiple of the number of devices, 4"),
+    ):
+        fit(LEARNER, SAMPLE, key=KEY, num_updates=1, num_tasks=6, progress=False)
+
+
 PROCESS = """
     import sys
     import jax, numpy as np

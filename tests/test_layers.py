@@ -33,7 +33,9 @@ ALLOWED = {
     "loop": {"types", "checks", "devices"},
     "divergence": {"types"},
     "interruption": set(),
-    "train": FOUNDATION | {"run_directory", "checkpoint", "record", "devices", "loop", "divergence", "interruption"},
+    "programs": {"types", "devices", "loop"},
+    "train": FOUNDATION
+    | {"run_directory", "checkpoint", "record", "devices", "loop", "programs", "divergence", "interruption"},
     "evaluate": FOUNDATION | {"devices"},
     "figures": set(),
     "report": FOUNDATION | {"record", "figures"},

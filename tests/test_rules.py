@@ -13,7 +13,7 @@ from mamljax.baselines.meta_lstm import meta_lstm
 from mamljax.inner import adapt
 from mamljax.losses import mse
 from mamljax.maml import maml
-from mamljax.models import mlp
+from mamljax.models import mixed_precision, mlp, with_context
 from mamljax.rules import all_but, checked_rule, learned_by_step, learned_step_sizes
 from mamljax.tasks.sinusoid import sinusoid
 from mamljax.types import Examples, Model, Task
@@ -274,3 +274,19 @@ def test_a_model_that_learns_its_rule_is_not_given_another(learning):
     maml(model, mse, rule=rule, **settings)
     with pytest.raises(ValueError, match=r"the model learns its own inner rule, .* with rule=0.1. Pass that rule"):
         maml(model, mse, rule=0.1, **settings)
+
+
+def test_a_rule_that_clips_serves_scalars_and_half_precision():
+    """No gradient that is zero as a whole is tried, which would have no norm to differentiate."""
+    for params in (
+        {"w": jnp.ones(()), "b": jnp.ones(())},
+        {"w": jnp.ones((2, 3), jnp.bfloat16), "b": jnp.ones(3, jnp.bfloat16)},
+    ):
+        assert checked_rule(CLIPPED, params, differentiable=True) is CLIPPED
+
+
+def test_a_wrapped_model_that_learns_its_rule_refuses_a_step_size_too():
+    model, _ = learned_step_sizes(mlp(3, (2,), 1), 0.1)
+    for wrapped in (mixed_precision(model), with_context(model, 2)):
+        with pytest.raises(ValueError, match="the model learns its own inner rule"):
+            maml(wrapped, mse, rule=0.1, inner_steps=1, eval_steps=1, tx=optax.adam(1e-3))

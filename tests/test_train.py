@@ -1,11 +1,14 @@
 """Meta-training: exact resumption, seeds, validation, logging, interruption, divergence."""
 
+import errno
 import functools
+import gc
 import itertools
 import json
 import os
 import signal
 import threading
+import weakref
 from types import SimpleNamespace
 
 import jax
@@ -14,7 +17,8 @@ import numpy as np
 import optax
 import pytest
 
-from mamljax import loop
+from mamljax import evaluate as evaluate_module
+from mamljax import loop, programs
 from mamljax.divergence import DivergenceError
 from mamljax.evaluate import evaluate
 from mamljax.losses import mse
@@ -281,7 +285,7 @@ def test_the_best_state_of_one_seed_is_read_back(tmp_path):
 def test_tasks_are_drawn_for_no_more_updates_than_a_call_has(monkeypatch):
     asked = []
     monkeypatch.setattr(
-        "mamljax.train.meta_updates", lambda *args, **how: asked.append(args[2]) or loop.meta_updates(*args, **how)
+        "mamljax.programs.meta_updates", lambda *args, **how: asked.append(args[2]) or loop.meta_updates(*args, **how)
     )
     train(log_every=50)
     train(log_every=50, validate_fn=lambda state: jnp.float32(0.0), validate_every=4)
@@ -363,6 +367,54 @@ def test_an_interruption_saves_first(tmp_path, number, capfd):
     assert_equal(result.state, train(num_updates=done + 3, log_every=50).state)
 
 
+def signals_at(update):
+    """A callback that sends SIGINT after the meta-update of that number."""
+    return lambda done, line: os.kill(os.getpid(), signal.SIGINT) if done == update else None
+
+
+def test_an_interruption_without_a_directory_says_that_nothing_is_kept():
+    with pytest.raises(KeyboardInterrupt, match=r"^stopped after meta-update 10 of 20; nothing is kept$"):
+        train(on_log=signals_at(10))
+    assert train(on_log=signals_at(20)).num_updates == 20  # it was done, and would have been lost
+
+
+def test_an_ignored_signal_stays_ignored():
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert train(on_log=signals_at(10)).num_updates == 20
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+class Data:
+    """What a closure may hold."""
+
+
+def test_what_samplers_close_over_is_not_kept_for_good():
+    def closing_over():
+        data = Data()
+        sample = lambda key, data=data: SAMPLE(key)  # noqa: E731
+        validate_fn = lambda state, data=data: jnp.float32(0)  # noqa: E731
+        train(sample=sample, validate_fn=validate_fn, num_updates=1, log_every=1)
+        evaluate(LEARNER, LEARNER.init(KEY), sample, key=KEY, num_tasks=1)
+        return weakref.ref(data)
+
+    references = [closing_over() for _ in range(3)]
+    for cached in (programs.update_program, programs.validation_programs, evaluate_module._compile):
+        cached.cache_clear()
+    gc.collect()
+    assert all(reference() is None for reference in references)
+
+
+def test_metrics_of_half_precision_are_averaged_in_double():
+    lines = []
+    still = scalar_learner(lambda params, task: 2 * params + 1 + 0 * task, optax.sgd(0.0))
+    still = still._replace(init=lambda key: State(jnp.bfloat16(0), optax.sgd(0.0).init(jnp.bfloat16(0))))
+    train(still, jax.random.normal, num_updates=1000, log_every=1000, on_log=lambda done, line: lines.append(line))
+    assert lines[0]["grad_norm"] == 2
+
+
 def diverging(at):
     """The loss becomes NaN at the meta-update of that number, counted from one."""
     return scalar_learner(lambda params, task: jnp.where(params >= at - 1, jnp.nan, -params), optax.sgd(1.0))
@@ -416,6 +468,29 @@ def test_another_configuration_is_refused(tmp_path):
         train(directory=tmp_path, config={"inner_lr": 0.2})
     with pytest.raises(CheckpointError, match="another configuration: it has {'num_tasks': 2}, this one {'num_tasks': 3}"):
         train(directory=tmp_path, config={"inner_lr": 0.1}, num_tasks=3)
+
+
+def test_a_configuration_is_its_values(tmp_path):
+    """Not their order, nor how whole numbers are written."""
+    train(directory=tmp_path, config={"a": {"x": 1, "y": float("nan")}}, num_tasks=np.int64(2))
+    train(directory=tmp_path, config={"a": {"y": float("nan"), "x": 1.0}})
+    with pytest.raises(CheckpointError, match="another configuration"):
+        train(directory=tmp_path, config={"a": {"y": float("nan"), "x": True}})
+
+
+def test_a_log_that_cannot_be_written_is_one_error(tmp_path, monkeypatch):
+    def fail(line):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "lock").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"cannot write to .*: Is a directory; .* no checkpoint yet\. Make room there, or"
+    ):
+        train(directory=tmp_path)
+    (tmp_path / "lock").rmdir()
+    train(directory=tmp_path, num_updates=10)
+    with pytest.raises(CheckpointError, match=r"cannot write to .*: No space left on device; .* meta-update 10\. Make room"):
+        train(directory=tmp_path, on_log=lambda done, line: monkeypatch.setattr("json.dumps", fail))
 
 
 def test_a_refused_directory_is_free_for_others(tmp_path):

@@ -31,10 +31,12 @@ class Bank(NamedTuple):
 
 
 def images_of(bank: Bank, classes: np.ndarray) -> np.ndarray:
-    """The images of some classes; where these follow each other, a view, without a copy."""
+    """The images of some classes, read-only; where these follow each other, a view, without a copy."""
     if len(classes) and (np.diff(classes) == 1).all():
         return bank.images[classes[0] : classes[-1] + 1]
-    return bank.images[classes]
+    chosen = bank.images[classes]
+    chosen.flags.writeable = False  # so that samplers need no copy of their own
+    return chosen
 
 
 class Source(NamedTuple):

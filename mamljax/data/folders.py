@@ -1,6 +1,7 @@
 """Images of one's own: a folder for each class."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -21,6 +22,7 @@ def image_folders(data_dir: str | Path, cache_dir: str | Path | None = None, *, 
     The directory holds either `train/`, `val/` and `test/` with a folder for each class, which is then named "train/cat", or
     the folders of the classes themselves, "cat". Hidden files and files without the suffix of an image are ignored. Classes
     are in the order of their names, images in the order of file names; each is resized to a square by a Lanczos filter.
+    Every class takes as much room as the largest.
 
     Args:
         data_dir: the directory; needed at each call.
@@ -30,12 +32,17 @@ def image_folders(data_dir: str | Path, cache_dir: str | Path | None = None, *, 
 
     Raises:
         DataError: the directory is not as above; a split or a class is empty; an image does not decode, or two splits share it.
-        ValueError: size is below 1, or channels is neither 1 nor 3.
+        ValueError: size is below 1, channels is neither 1 nor 3, or the banks would lie among the classes.
+
+    Warns:
+        UserWarning: images that classes lack take a gigabyte and more, and three quarters of the bank.
     """
     check_count("size", size)
     if channels not in MODES:
         raise ValueError(f"channels must be 1 (grey) or 3 (red, green and blue), got {channels!r}.")
     data_dir = Path(data_dir)
+    if cache_dir is not None and Path(cache_dir).resolve().is_relative_to(data_dir.resolve()):
+        raise ValueError(f"the cache directory {cache_dir} lies in {data_dir}, whose folders are classes. Choose another one.")
     try:
         classes = _find_classes(data_dir)
         state = [(path.relative_to(data_dir).as_posix(), *_state(path)) for paths in classes.values() for path in paths]
@@ -95,13 +102,25 @@ def _find_classes(data_dir: Path) -> dict[str, list[Path]]:
         raise DataError(f"{data_dir} holds {len(folders)} classes. Training, validation and test need one each, at least.")
     classes = {}
     for name, folder in sorted(folders.items()):
-        classes[name] = sorted(path for path in _visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
-        if not classes[name]:
-            raise DataError(
-                f"the class folder {folder} has no images ({' '.join(SUFFIXES)}). Put some into it or delete it; folders of "
-                "classes may be divided among train, val and test, all three."
-            )
+        classes[name] = images_of_class(folder)
     return classes
+
+
+def images_of_class(folder: Path) -> list[Path]:
+    """The image files in the folder of a class, in the order of their names.
+
+    Raises:
+        DataError: there are none, or there are further folders, of which it is not clear whether they are of that class.
+    """
+    if inside := sorted(path for path in _visible(folder) if path.is_dir()):
+        raise DataError(
+            f"the class folder {folder} holds the folder {inside[0].name}. Move its images up, or it away; folders of classes "
+            "may be divided among train, val and test, all three."
+        )
+    images = sorted(path for path in _visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not images:
+        raise DataError(f"the class folder {folder} has no images ({' '.join(SUFFIXES)}). Put some into it or delete it.")
+    return images
 
 
 def _class_folders(folder: Path) -> dict[str, Path]:
@@ -125,6 +144,15 @@ def _state(path: Path) -> tuple[int, int]:
 
 def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
     names, files, seen = list(classes), list(classes.values()), {}
+    counts = tuple(map(len, files))
+    room = len(counts) * max(counts) * size * size * channels
+    if room > 1e9 and len(counts) * max(counts) > 4 * sum(counts):
+        largest = names[counts.index(max(counts))]
+        warnings.warn(
+            f"the images take {room / 1e9:.1f} GB, as each of {len(counts)} classes gets the room of {largest}, which has "
+            f"{max(counts)} where they have {sum(counts) / len(counts):.0f} on average. Leave some of its images out.",
+            stacklevel=2,
+        )
 
     def read(index: int) -> np.ndarray:
         images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files[index]])
@@ -135,4 +163,4 @@ def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
                 raise DataError(f"one image is both in {part} and in {other_part}: {file} and {other}. Delete one of them.")
         return images
 
-    return Source(tuple(classes), tuple(map(len, files)), (size, size, channels), read)
+    return Source(tuple(classes), counts, (size, size, channels), read)

@@ -94,7 +94,7 @@ def test_labelled_batches_hold_images_of_their_class():
     np.testing.assert_array_equal(np.rint(255 * task.support.x[:, 0, 0, 0]), task.support.y)  # and none beyond the counts
     counts = np.bincount(task.support.y, minlength=12)
     assert np.abs(counts - 500).max() < 4.5 * np.sqrt(500 * 11 / 12)
-    with pytest.raises(ValueError, match="number must be a whole number"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number"):
         labelled(bank, batch_size=0)
 
 

@@ -1,6 +1,7 @@
 """Decoding: what Pillow gives for sound images of every kind, one error for all others."""
 
 import io
+import struct
 import sys
 
 import numpy as np
@@ -65,6 +66,28 @@ def test_photographs_are_upright(orientation, turns):
     np.testing.assert_array_equal(found, np.rot90(PIXELS, turns))
 
 
+def test_an_image_whose_exif_data_are_broken_is_whole():
+    entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")  # a text as resolution
+    exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 2) + entries + bytes(4)
+    found = decode(encode(Image.fromarray(PIXELS), exif=exif), size=6, channels=3, name="a")
+    np.testing.assert_array_equal(found, np.rot90(PIXELS, 3))
+    garbage = encode(Image.fromarray(PIXELS), exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + bytes(range(64)))
+    np.testing.assert_array_equal(decode(garbage, size=6, channels=3, name="a"), PIXELS)
+
+
+def test_a_large_jpeg_is_much_as_without_its_short_cut():
+    smooth = Image.fromarray(PIXELS).resize((600, 400), Image.Resampling.BICUBIC)
+    jpeg = encode(smooth, "jpeg", quality=95)
+    found = decode(jpeg, size=20, channels=3, name="a").astype(int)
+    whole = Image.open(io.BytesIO(jpeg)).convert("RGB").resize((20, 20), Image.Resampling.LANCZOS)
+    assert np.abs(found - np.asarray(whole)).max() <= 3
+
+
+def test_every_mode_has_a_way_to_grey():
+    image = Image.new("LAB", (6, 6), (128, 128, 128))
+    assert decode(encode(image, "tiff"), size=6, channels=1, name="a").shape == (6, 6, 1)
+
+
 def png_of_16_bits():
     return encode(Image.fromarray(np.arange(36, dtype=np.uint16).reshape(6, 6)))
 
@@ -86,7 +109,6 @@ BROKEN = {
     "truncated jpeg": encode(Image.fromarray(PIXELS), "jpeg")[:-50],
     "chunk": png_with_a_broken_chunk(),
     "header": b"P6 6 x 255\n" + bytes(200),  # ValueError
-    "huge": huge_bmp(),
 }
 
 
@@ -94,6 +116,11 @@ BROKEN = {
 def test_names_an_image_that_does_not_decode(content):
     with pytest.raises(DataError, match=r"cannot decode the image it.png \(.*\)\. Replace it by a whole one"):
         decode(content, size=3, channels=3, name="it.png")
+
+
+def test_an_image_that_is_too_large_is_not_called_broken():
+    with pytest.raises(DataError, match=r"the image it.png is too large \(.*\)\. Shrink it"):
+        decode(huge_bmp(), size=3, channels=3, name="it.png")
 
 
 def test_refuses_more_than_8_bits():

@@ -2,11 +2,13 @@
 
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from mamljax.data import folders
 from mamljax.data.bank import DataError
 from mamljax.data.folders import image_folders, split_folders
 
@@ -118,6 +120,10 @@ def break_empty_class(directory):
     (directory / "ant" / "a.png").rename(directory / "ant" / "a.txt")
 
 
+def break_folder_in_class(directory):
+    (directory / "ant" / "sub").mkdir()
+
+
 def break_image(directory):
     (directory / "ant" / "a.png").write_bytes(b"no image")
 
@@ -149,7 +155,8 @@ BREAKS = {
     break_missing: r"cannot read .*flat: No such file or directory. Pass the directory of the class folders with --data-dir",
     break_no_folders: r"flat holds no class folders. Put a folder with images of each class into it, or into train, val and",
     break_two_classes: r"flat holds 2 classes. Training, validation and test need one each, at least",
-    break_empty_class: r"the class folder .*ant has no images \(.bmp .*\). Put some into it or delete it; folders of classes",
+    break_empty_class: r"the class folder .*ant has no images \(.bmp .*\). Put some into it or delete it",
+    break_folder_in_class: r"the class folder .*ant holds the folder sub\. Move its images up, or it away",
     break_image: r"cannot decode the image .*ant/a.png",
     break_empty_split: r"flat/val holds no class folders",
 }
@@ -169,6 +176,18 @@ def test_bad_folders(flat, tmp_path, damage, message):
 def test_bad_shapes(flat, tmp_path, size, channels, message):
     with pytest.raises(ValueError, match=message):
         image_folders(flat, tmp_path, size=size, channels=channels)
+
+
+def test_banks_do_not_go_among_the_classes(flat):
+    with pytest.raises(ValueError, match=r"the cache directory .*banks lies in .*flat, whose folders are classes"):
+        image_folders(flat, flat / "banks", size=5, channels=3)
+
+
+def test_a_class_that_makes_all_others_large_is_named():
+    classes = {"most": [Path("image.png")] * 1000, **{name: [Path("image.png")] for name in "abcde"}}
+    with pytest.warns(UserWarning, match=r"take 6\.0 GB, as each of 6 classes gets the room of most, which has 1000 where"):
+        folders._source(classes, size=1000, channels=1)
+    folders._source(classes, size=100, channels=1)  # small enough
 
 
 @pytest.mark.parametrize(("total", "shares"), [(100, (64, 16, 20)), (3, (1, 1, 1)), (10, (6, 2, 2))])

@@ -3,7 +3,10 @@
 import csv
 import dataclasses
 import json
+import os
+import re
 import shutil
+from pathlib import Path
 from typing import get_args
 
 import adapt
@@ -536,6 +539,33 @@ def test_adapt_predicts_each_image_alone(finished, images, tmp_path):
     assert lines_of(tmp_path / "one.csv")[0]["file"] == str(first)
 
 
+def test_adapt_follows_links_and_writes_any_name(finished, images, tmp_path, monkeypatch):
+    support, query = copy(images, tmp_path)
+    assert predict(finished, support, query, tmp_path / "direct.csv") == 0
+    (tmp_path / "elsewhere").mkdir()
+    first, *others = sorted(query.iterdir())
+    for file in others:
+        file.rename(tmp_path / "elsewhere" / file.name)
+    (query / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(query)
+    odd = Path(os.fsdecode(os.fsencode(query) + b"/\xff.png"))
+    first.rename(odd)
+    (tmp_path / "real.csv").touch()
+    (tmp_path / "linked.csv").symlink_to("real.csv")
+    monkeypatch.setattr(adapt, "AT_A_TIME", 2)
+    assert predict(finished, support, query, tmp_path / "linked.csv") == 0
+    rows = list(csv.reader((tmp_path / "real.csv").read_text(errors="surrogateescape").splitlines()))[1:]
+    assert {row[0] for row in rows} == {str(odd), *(str(query / "link" / file.name) for file in others)}
+    direct = sorted(list(row.values())[1:] for row in lines_of(tmp_path / "direct.csv"))
+    assert sorted(row[1:] for row in rows) == direct
+
+
+def test_adapt_names_the_methods_that_a_run_has(finished, images, tmp_path, capsys):
+    support, query = copy(images, tmp_path)
+    assert predict(finished, support, query, tmp_path / "p.csv", "--method", "anil") == 2
+    assert re.search(r"anil holds no training run of few_shot.py. There is one of .*maml.* beside it", capsys.readouterr().err)
+
+
 def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
     support, query = copy(images, tmp_path)
     out = tmp_path / "p.csv"
@@ -566,7 +596,7 @@ def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
     assert "holds 2 class folders, but the network" in message
     assert "tells 3 classes apart. Give 3, or train with --ways 2" in message
     (support / "class9").mkdir()
-    assert "class9 holds no images" in error(finished, support, query, out)
+    assert "class9 has no images" in error(finished, support, query, out)
     (support / "class9" / "broken.png").write_bytes(b"no image")
     assert "broken.png" in error(finished, support, query, out)
 

@@ -1,0 +1,100 @@
+"""The compiled programs of a training. They are kept, so that to train a learner again needs no compiling again."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+from jax.tree_util import Partial
+
+from mamljax.devices import on
+from mamljax.loop import INIT, meta_updates, vmap_over_seeds
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial
+
+KEPT = 8  # of each kind
+
+
+class Snapshot(NamedTuple):
+    """What a checkpoint holds. Trained from several keys, every leaf has a leading axis [seeds]."""
+
+    state: State
+    best: State  # that of the lowest validation error so far
+    best_error: Array  # [] float32, infinity before the first validation
+
+
+@functools.lru_cache(KEPT)
+def start_program(learner: MetaLearner, seeds: tuple[int, ...]) -> Callable[[Array], Snapshot]:
+    """Key -> the snapshot before the first meta-update, on one device."""
+    return jax.jit(vmap_over_seeds(seeds, functools.partial(first_snapshot, learner)))
+
+
+@functools.lru_cache(KEPT)
+def update_program(
+    learner: MetaLearner,
+    sample: SampleFn | None,
+    seeds: tuple[int, ...],
+    num_tasks: int,
+    length: int,
+    mesh: Mesh | None,
+    sampler_spec: PartitionSpec,
+) -> Callable:
+    """(state, key, start, stop, sampler if there is no `sample`) -> (state, metrics, whether each parameter is finite)."""
+    loop = meta_updates(learner, num_tasks, length, sampler_spec=sampler_spec)
+
+    def run(state: State, key: Array, start: Array, stop: Array, sampler: Partial | None) -> tuple[State, Metrics, PyTree]:
+        state, metrics = loop(state, key, start, stop, sampler if sample is None else as_partial(sample))
+        return state, metrics, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state.params)
+
+    # The state's memory is used again, so `best` must never share it.
+    return _on_mesh(mesh, jax.jit(vmap_over_seeds(seeds, run, (0, 0, None, None, None)), donate_argnums=0))
+
+
+@functools.lru_cache(KEPT)
+def validation_programs(validate_fn: Callable | None, seeds: tuple[int, ...], mesh: Mesh | None) -> tuple[Callable, Callable]:
+    """(Snapshot, `validate_fn` if it is not given here) -> (Snapshot, error); and the same without a result, to check it."""
+
+    def validate(snapshot: Snapshot, carried: Partial | None) -> tuple[Snapshot, Array]:
+        return _validate(snapshot, carried if validate_fn is None else validate_fn)
+
+    compiled = jax.jit(vmap_over_seeds(seeds, validate, (0, None)))
+    return _on_mesh(mesh, compiled), _on_mesh(mesh, compiled.eval_shape)
+
+
+@functools.lru_cache(KEPT)
+def best_program(seeds: tuple[int, ...]) -> Callable[[Snapshot], State]:
+    """Snapshot -> its best state, on one device."""
+    return jax.jit(vmap_over_seeds(seeds, best_state))
+
+
+def _on_mesh(mesh: Mesh | None, compiled: Callable) -> Callable:
+    def call(*args: Any) -> Any:
+        with on(mesh):
+            return compiled(*args)
+
+    return call
+
+
+def first_snapshot(learner: MetaLearner, key: Array) -> Snapshot:
+    """The snapshot before the first meta-update."""
+    first = learner.init(jax.random.fold_in(key, INIT))
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), first)  # no weak types: they would retrace
+    return Snapshot(state, state, jnp.float32(jnp.inf))
+
+
+def _validate(snapshot: Snapshot, validate_fn: Callable[[State], Array]) -> tuple[Snapshot, Array]:
+    error = jnp.asarray(validate_fn(snapshot.state), snapshot.best_error.dtype)
+    if error.shape != ():
+        raise ValueError(f"validate_fn must return a number for the whole state, got shape {error.shape}. Take the mean.")
+    better = error < snapshot.best_error
+    best = optax.tree.where(better, snapshot.state, snapshot.best)
+    return Snapshot(snapshot.state, best, jnp.where(better, error, snapshot.best_error)), error
+
+
+def best_state(snapshot: Snapshot) -> State:
+    """The best state, or the last one if none was validated, or none with a finite error."""
+    validated = jnp.isfinite(snapshot.best_error)
+    return optax.tree.where(validated, snapshot.best, snapshot.state)
