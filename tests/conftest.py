@@ -20,7 +20,15 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the environme
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 4)
 gc.set_threshold(100_000, 50, 100)  # tracing makes many objects and little garbage: looking for it took a fifth of its time
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Programs of one file are of no use to the next, and took gigabytes in the end."""
+    yield
+    jax.clear_caches()
