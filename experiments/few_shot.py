@@ -87,7 +87,7 @@ def execute(options: Options, run: runner.Run) -> None:
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
     results = run.write(rows)
     report.learning_curves(results, options.out / "learning_curves.png")
-    report.training_curves({method: run.directory(method) for method in run.results}, options.out / "training_curves.png")
+    report.training_curves({method: run.directory(method) for method in trained}, options.out / "training_curves.png")
     for method in trained.keys() & {*MAML}:
         draw_episodes(method, options, data, *trained[method], options.out / f"episodes_{method}.png")
 

@@ -200,7 +200,7 @@ def training_curves(directories: Mapping[str, Path], path: Path) -> None:
     """Draw the loss and the validation error of each method over its meta-updates.
 
     Args:
-        directories: where the `metrics.jsonl` of each method lies.
+        directories: where the `metrics.jsonl` of each method lies, in the order that the methods have in other figures.
         path: where to write the figure; none is drawn if there is nothing to draw.
     """
     logs = {method: read_metrics(directory / "metrics.jsonl") for method, directory in directories.items()}
@@ -209,9 +209,9 @@ def training_curves(directories: Mapping[str, Path], path: Path) -> None:
         return
     figure = new_figure(1 + 5 * len(names), 4)
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for method, log in logs.items():
-            points = [(line["update"], line[name]) for line in log if line.get(name) is not None]
-            axes.plot(*np.array(points).reshape(-1, 2).T, label=method)
+        for colour, (method, log) in enumerate(logs.items()):  # one without a log has its colour in other figures
+            if points := [(line["update"], line[name]) for line in log if line.get(name) is not None]:
+                axes.plot(*np.array(points).T, color=f"C{colour}", label=method)
         positive = any((line.get(name) or 0) > 0 for log in logs.values() for line in log)  # a validation error may be 0
         axes.set(xlabel="meta-updates", ylabel=name.replace("_", " "), yscale="log" if positive else "linear")
         axes.xaxis.get_major_locator().set_params(integer=True)

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from mamljax import report
-from mamljax.report import ResultsError, Row, learning_curves, markdown, read_results, rows_over_steps, write_results
+from mamljax.figures import new_figure
+from mamljax.report import (
+    ResultsError,
+    Row,
+    learning_curves,
+    markdown,
+    read_results,
+    rows_over_steps,
+    training_curves,
+    write_results,
+)
 
 FIELDS = {"setting": "5-shot", "protocol": "paper", "metric": "mse", "tasks": 600, "seeds": 2, "meta_updates": 70_000}
 SOURCE = "Finn et al. 2017, table 2"
@@ -109,6 +119,21 @@ def test_a_benchmark_trains_nothing():
 def test_figure(path, tmp_path):
     learning_curves(read_results(path), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_method_has_one_colour_in_all_figures(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(report, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    methods = ("maml", "random", "oracle")
+    rows = [row for method in methods for row in rows_over_steps([1.0, 2.0], [0.1, 0.1], method=method, **FIELDS)]
+    learning_curves({"rows": rows}, tmp_path / "learning.png")
+    for method in ("maml", "oracle"):  # an untrained network leaves no log
+        (tmp_path / method).mkdir()
+        (tmp_path / method / "metrics.jsonl").write_text('{"update": 1, "loss": 2.0}\n')
+    training_curves({method: tmp_path / method for method in methods}, tmp_path / "training.png")
+    learning, training = ({line.get_label(): line.get_color() for line in figure.axes[0].lines} for figure in figures)
+    assert training == {method: learning[method] for method in ("maml", "oracle")}
+    assert len(set(learning.values())) == 3
 
 
 def test_without_steps_there_is_no_figure(tmp_path):
