@@ -132,8 +132,7 @@ class Run:
         return result
 
     def evaluating(self, method: str, num_tasks: int) -> contextlib.AbstractContextManager:
-        """Announce the evaluation of a method, which may take minutes. Within this context `evaluate` divides its tasks among
-        the devices of this process; several processes each do all."""
+        """Announce an evaluation, which may take minutes; in this context `evaluate` divides it among this process's devices."""
         if is_first_host():
             print(f"{method}: evaluation on {num_tasks:,} test tasks", file=sys.stderr)
         return on(self.mesh if jax.process_count() == 1 else None)
@@ -274,8 +273,7 @@ def run_script(experiment: str, presets: Mapping[str, AnyOptions], execute: Call
 
 @contextlib.contextmanager
 def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
-    """Make the devices and join the processes that were asked for. Only the first process's files are kept: the others write
-    to a temporary directory.
+    """Make the devices and join the processes that were asked for; files of all but the first are temporary.
 
     Raises:
         ValueError: the other processes cannot be joined.

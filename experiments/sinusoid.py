@@ -54,9 +54,9 @@ class Options(runner.Options):
     networks, each trained on a task of its own, in table 2; or reptile, which came after the paper."""
     method: tuple[Method, ...] = ("maml", "fomaml", "pretrained", "oracle", "random")
     """Methods, trained in this order: MAML, first-order MAML, one network for all tasks, one that is told amplitude and
-    phase, an untrained one; for --preset multi_task, the mean of networks of one task each, trained without a penalty, with
-    one of their norm, or of their distance to the mean; and, for --preset reptile, that. All but MAML and the one that is told
-    have a tuned step size in evaluation."""
+    phase, an untrained one. For --preset multi_task: the mean of networks trained on one task each, without a penalty, with
+    one on their norm, or with one on their distance from the mean. For --preset reptile: Reptile. All but MAML and the one
+    that is told have a tuned step size in evaluation."""
     protocol: Literal["corrected", "paper"] = "corrected"
     """How the weights begin, on which the text is silent: with Flax's default, LeCun normal (corrected), or truncated normal
     with standard deviation 0.01 as in the authors' code (paper)."""
@@ -92,7 +92,7 @@ class Options(runner.Options):
     tuning_lrs: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
     """Step sizes to choose from for fine-tuning, by the mean error over all steps on validation tasks."""
 
-    free = (*runner.Options.free, "eval_shots", "eval_steps", "eval_tasks", "eval_queries", "tuning_lrs")  # in the log at most
+    free = (*runner.Options.free, "eval_shots", "eval_steps", "eval_tasks", "eval_queries", "tuning_lrs")  # logged at most
 
 
 QUICK = Options(preset="quick", steps=5_000, eval_tasks=200, out=Path("out/sinusoid_quick"))

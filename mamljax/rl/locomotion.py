@@ -56,7 +56,8 @@ def locomotion(
     Returns:
         The environment. Tasks are [] float32: a velocity, U[0, 2] m/s for half-cheetah and U[0, 3] m/s for ant, or 1 or -1.
         Actions are clipped to [-1, 1]. Its state is a `Simulation`. A step that diverges ends the trajectory: it has no reward,
-        its observation is the last, and its state is not finite (and `state.stable` False), from which not to step on.
+        its observation is that of the state before, and its own state is not finite (`state.stable` is False): do not step on
+        from it.
 
     Raises:
         ValueError: an unknown task, protocol or engine; a count or time step that is not positive.

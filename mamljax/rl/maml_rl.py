@@ -242,8 +242,7 @@ def likelihood_ratio_loss(model: Model, params: PyTree, batch: Batch) -> Array:
 
 
 def surrogate_loss(batch: Batch, policy: Gaussian) -> Array:
-    r"""The importance-weighted loss $-\frac1n \sum_t A_t \pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ of a policy, given by its
-    distributions in the states of the batch, []."""
+    r"""The loss $-\frac1n \sum_t A_t \pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ of a policy in the states of a batch, []."""
     return -masked_mean(likelihood_ratio(batch, policy) * batch.advantages, batch.trajectories.mask)
 
 

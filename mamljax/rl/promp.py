@@ -132,8 +132,7 @@ def _policies_on_path(model: Model, rule: optax.GradientTransformation, params: 
 
 
 def clipped_loss(batch: Batch, policy: Gaussian, clip: float) -> Array:
-    """`maml_rl.surrogate_loss`, but nothing is gained by making an action more or less likely than by a factor of 1 + `clip` or
-    1 - `clip` (Schulman et al. 2017, arXiv 1707.06347), []."""
+    """`maml_rl.surrogate_loss`, with nothing to gain from ratios beyond 1 + `clip` or 1 - `clip` (arXiv 1707.06347), []."""
     ratio = likelihood_ratio(batch, policy)
     gain = jnp.minimum(ratio * batch.advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * batch.advantages)
     return -masked_mean(gain, batch.trajectories.mask)

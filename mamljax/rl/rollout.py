@@ -40,9 +40,9 @@ def rollout(
 
     A trajectory ends after T steps, with the step that the environment calls `done`, or, as `unstable`, before a step whose
     state, observation or reward is not finite. Where it ends early the next one begins, in one of the E first states, so that
-    there are about as many steps to learn from as in the authors' code, whatever the policy. Those of a trajectory that is
-    under way at the end are masked, as theirs are left out. This favours short trajectories; `first` marks each row's first
-    one, which is free of that bias.
+    there are about as many steps to learn from as in the authors' code, whatever the policy. Steps of a trajectory still under
+    way at the end are masked; the authors leave such trajectories out, too. This favours short trajectories; `first` marks
+    each row's first one, which is free of that bias.
 
     Args:
         key: a JAX random key.
