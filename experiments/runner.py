@@ -132,7 +132,7 @@ class Run:
         return result
 
     def evaluating(self, method: str, num_tasks: int) -> contextlib.AbstractContextManager:
-        """Announce an evaluation, which may take minutes; in this context `evaluate` divides it among this process's devices."""
+        """Announce an evaluation, which may take minutes; `evaluate` then divides it among the devices of this process."""
         if is_first_host():
             print(f"{method}: evaluation on {num_tasks:,} test tasks", file=sys.stderr)
         return on(self.mesh if jax.process_count() == 1 else None)

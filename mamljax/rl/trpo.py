@@ -38,10 +38,10 @@ def trpo(
 
     $\theta \leftarrow \theta - \phi \sqrt{2 \delta / x^T A x}\; x$ with $x \approx A^{-1} \nabla L(\theta)$ by conjugate
     gradients, $A = H + \lambda I$, $H$ the Hessian of the divergence at $\theta$, and $\phi$ the first in a sequence of
-    fractions for which the loss falls and the divergence is at most $\delta$. The sequence begins with 1. If the divergence exceeds $\delta$,
-    the next fraction is the one that would bring it to $0.9 \delta$ if it were quadratic, but no less than half of the last; if
-    only the loss does not fall, it is $\beta$ times the last. The parameters stay as they are if no fraction will do. The
-    defaults are those of the authors, whose fractions are powers of $\beta$ in every case.
+    fractions for which the loss falls and the divergence is at most $\delta$. The sequence begins with 1. If the divergence
+    exceeds $\delta$, the next fraction is the one that would bring it to $0.9 \delta$ if it were quadratic, but no less than
+    half of the last; if only the loss does not fall, it is $\beta$ times the last. The parameters stay as they are if no
+    fraction will do. The defaults are those of the authors, whose fractions are powers of $\beta$ in every case.
 
     `update` needs, beside gradients and parameters, the extra arguments `value` (the loss at `params`) and `value_and_kl_fn`, a
     function of the parameters on the same data: the loss, and the divergence from the policy that acted, which is 0 at
