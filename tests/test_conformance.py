@@ -1,6 +1,7 @@
 """One battery for every learner of tasks like those of regression: a new method is one more row of the table.
 
-Those of reinforcement learning have theirs in `rl/test_maml_rl.py`, the classifiers of many classes in `baselines/`.
+Those of reinforcement learning have theirs in `rl/test_maml_rl.py`, the classifiers of many classes in `baselines/`; but what
+the builders of all of them have in common is checked here.
 """
 
 import functools
@@ -13,18 +14,23 @@ import optax
 import pytest
 from battery import KEY, equal
 
+from mamljax.baselines.mann import mann
+from mamljax.baselines.memory_module import memory_module
 from mamljax.baselines.meta_lstm import meta_lstm
-from mamljax.baselines.metric_learning import matching
+from mamljax.baselines.metric_learning import matching, prototypical, siamese
 from mamljax.baselines.multi_task import multi_task, squared_distance
+from mamljax.baselines.neural_statistician import neural_statistician
 from mamljax.baselines.pretrain import pretrain
+from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
 from mamljax.checkpoint import Checkpoints
-from mamljax.losses import mse
+from mamljax.losses import cross_entropy, mse
 from mamljax.maml import maml
 from mamljax.maml_plus_plus import maml_plus_plus
 from mamljax.models import mlp
 from mamljax.reptile import reptile
 from mamljax.rules import learned_by_step, learned_step_sizes
 from mamljax.tasks.sinusoid import sinusoid
+from mamljax.types import Model, Task
 
 MODEL = mlp(1, (8, 8), 1)
 METRICS = {"absolute": lambda outputs, y: jnp.abs(outputs - y).mean(), "mean_output": lambda outputs, y: outputs.mean()}
@@ -65,6 +71,27 @@ LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "pretrained": (PRETRAIN(rule=0.01, eval_steps=3), 3),
     "multi-task": (MULTI_TASK(rule=0.01, eval_steps=3, penalty=squared_distance), 3),
     "oracle": (PRETRAIN(rule=0.01, eval_steps=0), 0),
+}
+
+
+FEATURES = Model(lambda key: jax.random.normal(key, (1, 4)), lambda params, x: x @ params)
+FEATURES_AND_LOSS = (FEATURES, jnp.zeros((1, 1)), cross_entropy)
+TX = {"tx": optax.sgd(0.1)}
+ADAPTED = {"rule": 0.1, "eval_steps": 1}
+BUILDERS = {  # name: (builder, whether it builds a classifier)
+    "maml": (functools.partial(maml, MODEL, mse, inner_steps=2, **ADAPTED, **TX), False),
+    "maml++": (functools.partial(maml_plus_plus, MODEL, mse, inner_steps=2, multi_step_updates=2, **ADAPTED, **TX), False),
+    "reptile": (functools.partial(reptile, MODEL, mse, inner_steps=2, batch_size=4, **ADAPTED, **TX), False),
+    "pretrained": (functools.partial(pretrain, MODEL, mse, **ADAPTED, **TX), False),
+    "multi-task": (functools.partial(multi_task, MODEL, mse, task_tx=optax.sgd(0.1), task_steps=2, **ADAPTED), False),
+    "fine-tuning": (functools.partial(fine_tuning, *FEATURES_AND_LOSS, num_classes=2, ways=2, **ADAPTED, **TX), True),
+    "nearest neighbour": (functools.partial(nearest_neighbour, *FEATURES_AND_LOSS, num_classes=2, ways=2, **TX), True),
+    "matching": (functools.partial(matching, FEATURES, cross_entropy, ways=2, **TX), True),
+    "prototypical": (functools.partial(prototypical, FEATURES, cross_entropy, ways=2, **TX), True),
+    "siamese": (functools.partial(siamese, *FEATURES_AND_LOSS, ways=2, **TX), True),
+    "memory module": (functools.partial(memory_module, FEATURES, cross_entropy, ways=2, **TX), True),
+    "mann": (functools.partial(mann, *FEATURES_AND_LOSS, ways=2, **TX), True),
+    "neural statistician": (functools.partial(neural_statistician, *FEATURES_AND_LOSS, ways=2, **TX), True),
 }
 
 
@@ -159,18 +186,46 @@ def test_survives_a_checkpoint(case, tmp_path):
 
 
 def test_every_loss_of_a_learner_is_checked_for_malformed_tasks(case):
+    """In training and in evaluation."""
     learner = case[0].learner
     tasks = tasks_from(0)
     broken = tasks._replace(support=tasks.support._replace(y=tasks.support.y[:, :-1]))
     with pytest.raises(ValueError, match="x and y of the support set must have one length"):
         learner.update(KEY, learner.init(KEY), broken)
+    with pytest.raises(ValueError, match="x and y of the support set must have one length"):
+        learner.evaluate(KEY, learner.init(KEY), jax.tree.map(lambda leaf: leaf[0], broken))
 
 
-def test_no_metric_takes_the_name_of_the_loss():
+@pytest.mark.parametrize(("builder", "classifies"), BUILDERS.values(), ids=BUILDERS)
+def test_tasks_are_taken_by_chunks(builder, classifies):
+    """As is seen by the refusal of a chunk that does not divide the meta-batch."""
+    learner, tasks = builder(chunk_size=3), tasks_from(0)
+    if classifies:
+        tasks = Task(*(examples._replace(y=jnp.zeros(examples.y.shape[:2], int)) for examples in tasks))
+    with pytest.raises(ValueError, match="chunk_size must divide the number of tasks in a meta-batch, 4, got 3"):
+        jax.eval_shape(learner.update, KEY, jax.eval_shape(learner.init, KEY), tasks)
+
+
+@pytest.mark.parametrize("builder", [builder for builder, _ in BUILDERS.values()], ids=BUILDERS)
+def test_no_metric_takes_the_name_of_the_loss(builder):
     with pytest.raises(ValueError, match='metric_fns must not have "loss"'):
-        MAML(rule=0.01, metric_fns={"loss": mse})
-    with pytest.raises(ValueError, match='metric_fns must not have "loss"'):
-        matching(MODEL, mse, ways=2, tx=optax.adam(1e-2), metric_fns={"loss": mse})
+        builder(metric_fns={"loss": mse})
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "least"),
+    [
+        ("maml", "inner_steps", 1),
+        ("maml", "eval_steps", 1),
+        ("reptile", "batch_size", 1),
+        ("reptile", "eval_steps", 1),
+        ("fine-tuning", "eval_steps", 1),
+        ("siamese", "ways", 2),
+    ],
+)
+def test_counts_are_checked_by_the_builder(name, count, least):
+    with pytest.raises(ValueError, match=f"{count} must be a whole number of at least {least}, got {least - 1}"):
+        BUILDERS[name][0](**{count: least - 1})
 
 
 def test_metrics_have_names():

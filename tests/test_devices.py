@@ -132,7 +132,7 @@ def test_evaluation_on_devices(num_tasks):
 
 def test_any_mesh_serves():
     grid = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
-    assert task_mesh(grid).shape == {"tasks": 4}
+    assert task_mesh(grid).shape == task_mesh().shape == {"tasks": 4}  # by default of all devices
     assert_close(train(mesh=grid).state, train().state)
 
 

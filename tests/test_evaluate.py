@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from spying import spy
 
 from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.types import MetaLearner, State
@@ -26,6 +27,7 @@ def test_every_task_is_a_row():
     values = values_of()
     assert values.shape == (10, 2)
     assert len(np.unique(values)) == 20  # tasks, and the keys of their evaluations, all differ
+    assert (values[:, 0] != 2 * values[:, 1]).all()  # from each other too: a task is not drawn from the key of its evaluation
     np.testing.assert_array_equal(values, values_of())
     np.testing.assert_allclose(values_of(params=4.0)[:, 0], 2 * values[:, 0], rtol=1e-6)
 
@@ -56,6 +58,13 @@ def test_a_sampler_that_ignores_its_key_is_warned_of():
 @pytest.mark.parametrize("chunk_size", [1, 3, 10, 50])
 def test_chunks_change_nothing(chunk_size):
     np.testing.assert_allclose(values_of(chunk_size=chunk_size), values_of(), rtol=1e-6)
+
+
+def test_no_more_tasks_are_computed_at_a_time_than_a_chunk_has():
+    spied_on, sizes = spy()
+    learner = LEARNER._replace(evaluate=lambda key, state, task: {"loss": spied_on(task)[None]})
+    evaluate(learner, State(jnp.float32(2.0), ()), jax.random.uniform, key=KEY, num_tasks=6, chunk_size=3)
+    assert set(sizes) == {3}
 
 
 def test_several_states_at_once():

@@ -73,10 +73,13 @@ def test_the_first_step_is_the_same_in_the_loop_as_before_it(mode, steps):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), one, other)
 
 
-@pytest.mark.parametrize(("unroll_first", "in_the_loop"), [(True, 3), (False, 4)])
-def test_how_many_steps_the_loop_has(unroll_first, in_the_loop):
-    steps = lambda params: adapt(quadratic, params, jnp.zeros((4, 2)), optax.sgd(0.1), unroll_first=unroll_first)  # noqa: E731
-    assert lengths_of_loops(jax.make_jaxpr(steps)(jnp.ones(2)).jaxpr) == {in_the_loop}
+@pytest.mark.parametrize(
+    ("steps", "unroll_first", "loops"), [(4, True, {3}), (4, False, {4}), (1, True, set()), (1, False, set())]
+)
+def test_how_many_steps_the_loop_has(steps, unroll_first, loops):
+    """A lone step has none."""
+    adapted = lambda params: adapt(quadratic, params, jnp.zeros((steps, 2)), optax.sgd(0.1), unroll_first=unroll_first)  # noqa: E731
+    assert lengths_of_loops(jax.make_jaxpr(adapted)(jnp.ones(2)).jaxpr) == loops
 
 
 @pytest.mark.parametrize(("chunk_size", "in_the_loop"), [(None, 3), (2, 3), (1, 4)])

@@ -21,6 +21,7 @@ def test_cross_entropy_is_the_mean_over_examples():
 def test_accuracy():
     logits = jnp.array([[0.1, 0.9], [0.8, 0.2], [0.3, 0.7]])
     np.testing.assert_allclose(accuracy(logits, jnp.array([1, 0, 0])), 2 / 3, rtol=1e-6)
+    np.testing.assert_allclose(accuracy(logits, jnp.array([1, -1, 0])), 1 / 2, rtol=1e-6)  # of those with a label
 
 
 def test_mse_does_not_broadcast():

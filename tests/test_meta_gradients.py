@@ -169,3 +169,25 @@ def test_what_has_no_forward_derivative_is_refused_in_mixed_mode():
     assert jnp.isfinite(jax.grad(meta_loss)(jnp.ones(()), "reverse"))
     with pytest.raises(ValueError, match="has no derivative in forward mode, which mixed mode needs. Choose .*'reverse'"):
         jax.grad(meta_loss)(jnp.ones(()), "mixed")
+
+
+def test_an_error_of_the_loss_itself_is_not_taken_for_a_missing_forward_derivative():
+    """One that shows only in the second derivative."""
+
+    @jax.custom_jvp
+    def slope(x):
+        return 2 * x
+
+    @slope.defjvp
+    def slope_of_slope(primals, tangents):
+        raise TypeError("the user's own")
+
+    @jax.custom_jvp
+    def square(x):
+        return x**2
+
+    square.defjvp(lambda primals, tangents: (square(*primals), slope(*primals) * tangents[0]))
+    model = Model(lambda key: jnp.ones(()), lambda params, x: square(params) * x)
+    x = jnp.ones((3, 1))
+    with pytest.raises(TypeError, match="the user's own"):
+        jax.grad(lambda params: fine_tune(model, mse, params, Examples(x, x), optax.sgd(0.1), 1)[0])(jnp.ones(()))

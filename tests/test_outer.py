@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from spying import spy
 
 from mamljax.outer import meta_learner
 from mamljax.types import State
@@ -94,26 +95,17 @@ def test_chunks_of_tasks_give_the_same_update():
 
 def test_the_loss_function_of_the_optimiser_goes_by_chunks_too():
     """Whatever evaluates the loss sees two tasks at a time."""
-    batches = []
-
-    @jax.custom_batching.custom_vmap
-    def spied_on(task):
-        return task
-
-    @spied_on.def_vmap
-    def spy(axis_size, in_batched, task):
-        batches.append(axis_size)
-        return task, True
+    spied_on, sizes = spy()
 
     def update(updates, state, params, *, value, value_fn, **_):
-        batches.clear()
+        sizes.clear()
         np.testing.assert_allclose(value_fn(params), value)
         return updates, state
 
     tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
     learner = learner_with(lambda params, task: 0.5 * (params - spied_on(task)) ** 2, tx=tx, chunk_size=2)
     learner.update(KEY, learner.init(KEY), jnp.arange(6.0))
-    assert set(batches) == {2}
+    assert set(sizes) == {2}
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.0])

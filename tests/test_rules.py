@@ -1,5 +1,6 @@
 """Inner rules: step sizes, Optax transformations, per-parameter and learned step sizes."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -42,11 +43,22 @@ def test_rules_without_finite_meta_gradients_are_refused(rule):
     assert checked_rule(rule, PARAMS, differentiable=False) is rule
 
 
-def test_a_rule_without_a_derivative_where_a_whole_array_is_zero_is_refused():
-    """As dead layers have it: the root mean square of an array of zeros has none."""
-    rule = optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1))
+@pytest.mark.parametrize("name", PARAMS)
+def test_a_rule_without_a_derivative_where_a_whole_array_is_zero_is_refused(name):
+    """As dead layers have it: the root mean square of an array of zeros has none. Whichever array that is."""
+    clipped = optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1))
+    labels = dict.fromkeys(PARAMS, "plain") | {name: "clipped"}
+    rule = optax.partition({"clipped": clipped, "plain": optax.sgd(0.1)}, labels)
     with pytest.raises(ValueError, match="no finite derivative where entries or whole arrays of the gradient are zero"):
-        checked_rule(rule, {"kernel": jnp.ones((3, 2)), "other": jnp.ones(2)}, differentiable=True)
+        checked_rule(rule, PARAMS, differentiable=True)
+
+
+def test_first_order_maml_takes_rules_without_finite_meta_gradients_and_no_other():
+    build = functools.partial(maml, MODEL, mse, rule=optax.adam(0.1), inner_steps=1, eval_steps=1, tx=optax.sgd(0.1))
+    build(differentiation="first_order")
+    for differentiation in ("mixed", "reverse"):
+        with pytest.raises(ValueError, match="no finite derivative"):
+            build(differentiation=differentiation)
 
 
 CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1))
@@ -231,14 +243,14 @@ def test_all_but_knows_attributes_by_their_names():
 
 
 def test_all_but_knows_layers_by_their_names():
-    """ANIL, which adapts the last layer alone, and BOIL, which adapts all others."""
+    """ANIL, which adapts the last layer alone, and BOIL, which adapts all others; a single name needs no tuple."""
     model = mlp(1, (4, 4), 1)
     params = model.init(jax.random.key(0))
-    for frozen in (("Dense_0", "Dense_1"), ("Dense_2",)):
+    for frozen, names in ((("Dense_0", "Dense_1"), {"Dense_0", "Dense_1"}), ("Dense_2", {"Dense_2"})):
         rule = all_but(frozen, 0.5)
         updates, _ = rule.update(params, rule.init(params), params)
         moved = {layer for layer, leaves in updates.items() if leaves["kernel"].any()}
-        assert moved == params.keys() - {*frozen}
+        assert moved == params.keys() - names
 
 
 def test_all_but_refuses_a_name_that_nothing_has():

@@ -4,7 +4,6 @@ import errno
 import functools
 import gc
 import itertools
-import json
 import os
 import signal
 import threading
@@ -38,9 +37,10 @@ LEARNER = maml(MODEL, mse, rule=0.01, inner_steps=1, eval_steps=1, tx=optax.adam
 SAMPLE = sinusoid(shots=3, queries=3)
 
 
-def scalar_learner(loss_fn=lambda params, task: 0.5 * (params - task) ** 2, tx=None):
+def scalar_learner(loss_fn=lambda params, task: 0.5 * (params - task) ** 2, tx=None, **arguments):
     """One parameter, which begins at zero; a task is a number."""
-    return meta_learner(lambda key: jnp.float32(0.0), loss_fn, lambda key, state, task: {}, tx=tx or optax.sgd(0.1))
+    arguments["tx"] = tx or optax.sgd(0.1)
+    return meta_learner(lambda key: jnp.float32(0.0), loss_fn, lambda key, state, task: {}, **arguments)
 
 
 def train(learner=LEARNER, sample=SAMPLE, **arguments):
@@ -53,15 +53,17 @@ def assert_equal(a, b):
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 3, 100])
-def test_meta_update_t_draws_its_tasks_from_key_t(monkeypatch, ahead):
-    """The whole of training against a plain loop: theta <- theta + (mean of the tasks - theta) / 10."""
+def test_meta_update_t_draws_its_tasks_and_its_noise_from_key_t(monkeypatch, ahead):
+    """The whole of training against a plain loop: theta <- theta + (mean of the tasks and their noise - theta) / 10."""
     monkeypatch.setattr(loop, "DRAWN_AHEAD", ahead * 16)  # bytes of the tasks of `ahead` meta-updates
     theta = np.float32(0)
     for t in range(7):
-        sample_key, _ = jax.random.split(jax.random.fold_in(KEY, t))
-        tasks = jax.vmap(jax.random.normal)(jax.random.split(sample_key, 4))
-        theta += np.float32(0.1) * np.mean(tasks - theta)
-    result = train(scalar_learner(), jax.random.normal, num_updates=7, num_tasks=4)
+        tasks, noise = (
+            jax.vmap(jax.random.normal)(jax.random.split(key, 4)) for key in jax.random.split(jax.random.fold_in(KEY, t))
+        )
+        theta += np.float32(0.1) * np.mean(tasks + noise - theta)
+    learner = scalar_learner(gather=lambda key, params, task: task + jax.random.normal(key))
+    result = train(learner, jax.random.normal, num_updates=7, num_tasks=4)
     np.testing.assert_allclose(result.state.params, theta, rtol=1e-5)
     assert result.num_updates == 7
 
@@ -129,8 +131,10 @@ def test_goes_on_from_the_checkpoint_before_a_kill(tmp_path):
 
 
 def test_the_log(tmp_path, monkeypatch):
+    """Its seconds are those of all sessions."""
     monkeypatch.setattr("mamljax.record.time", SimpleNamespace(monotonic=itertools.count().__next__))  # a second a reading
-    train(directory=tmp_path, num_updates=12)
+    for num_updates in (10, 12):
+        train(directory=tmp_path, num_updates=num_updates)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["update"] for line in lines] == [5, 10, 12]
     assert all(line.keys() == {"update", "loss", "grad_norm", "seconds"} for line in lines)
@@ -214,20 +218,21 @@ def test_several_seeds_go_on(tmp_path):
 
 
 def test_best_state_is_that_of_the_lowest_validation_error(tmp_path):
-    """The parameter counts meta-updates; its validation error is lowest at 12 of 20."""
+    """The parameter counts meta-updates; its validation error is lowest at 8 and at 12 of 20, of which the first is taken."""
     learner = scalar_learner(lambda params, task: -params, optax.sgd(1.0))
-    arguments = {"validate_fn": lambda state: (state.params - 12.0) ** 2, "validate_every": 4, "directory": tmp_path}
+    arguments = {"validate_fn": lambda state: (state.params - 10.0) ** 2, "validate_every": 4, "directory": tmp_path}
     result = train(learner, jax.random.normal, num_updates=16, **arguments)
-    assert result.best.params == 12
+    assert result.best.params == 8
     result = train(learner, jax.random.normal, **arguments)  # the best one comes along
-    assert (result.best.params, result.state.params) == (12, 20)
+    assert (result.best.params, result.state.params) == (8, 20)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert {line["update"]: line["validation_error"] for line in lines if "validation_error" in line} == {
-        4: 64, 8: 16, 12: 0, 16: 16, 20: 64,
+        4: 36, 8: 4, 12: 4, 16: 36, 20: 100,
     }  # fmt: skip
 
 
 def test_best_state_of_each_seed():
+    """And the mean of their validation errors in the log."""
     learner = MetaLearner(
         init=lambda key: State({"goal": 4.0 * jax.random.randint(key, (), 1, 5), "at": jnp.float32(0)}, ()),
         update=lambda key, state, tasks: (
@@ -236,11 +241,20 @@ def test_best_state_of_each_seed():
         ),
         evaluate=None,
     )
+    errors = {}
     result = train(
-        learner, jax.random.normal, key=KEYS, validate_fn=lambda s: (s.params["at"] - s.params["goal"]) ** 2, validate_every=4
+        learner,
+        jax.random.normal,
+        key=KEYS,
+        log_every=4,
+        validate_fn=lambda s: (s.params["at"] - s.params["goal"]) ** 2,
+        validate_every=4,
+        on_log=lambda done, line: errors.update({done: line["validation_error"]}),
     )
-    np.testing.assert_array_equal(result.best.params["at"], result.best.params["goal"])
-    assert len(np.unique(result.best.params["goal"])) > 1
+    goals = np.asarray(result.best.params["goal"])
+    np.testing.assert_array_equal(result.best.params["at"], goals)
+    assert len(np.unique(goals)) > 1
+    assert {done: float(np.mean((done - goals) ** 2)) for done in (4, 8, 12, 16, 20)} == pytest.approx(errors)
 
 
 def test_without_validation_the_best_state_is_the_last():
@@ -251,6 +265,7 @@ def test_without_validation_the_best_state_is_the_last():
 def test_before_the_first_validation_the_best_state_is_the_last():
     result = train(num_updates=6, validate_fn=lambda state: jnp.float32(1.0), validate_every=1000, max_seconds=0)
     assert_equal(result.best, result.state)
+    assert result.num_updates == 0
 
 
 @pytest.mark.parametrize("validate_every", [8, 1000])
@@ -275,8 +290,9 @@ def test_a_sampler_returns_a_task():
 def test_the_best_state_of_one_seed_is_read_back(tmp_path):
     result = train(key=KEYS, directory=tmp_path)
     assert_equal(read_best(LEARNER, tmp_path, seed=1), jax.tree.map(lambda leaf: leaf[1], result.best))
-    with pytest.raises(ValueError, match="is a run from 3 keys, and has no seed number 3"):
-        read_best(LEARNER, tmp_path, seed=3)
+    for seed in (3, -1):
+        with pytest.raises(ValueError, match=f"is a run from 3 keys, and has no seed number {seed}"):
+            read_best(LEARNER, tmp_path, seed=seed)
     train(directory=tmp_path / "single")
     with pytest.raises(ValueError, match="is a run from no vector of keys, and has no seed number 0"):
         read_best(LEARNER, tmp_path / "single", seed=0)
@@ -305,13 +321,6 @@ def test_a_validation_error_that_is_not_finite_is_null_in_the_log(tmp_path):
     assert [line["validation_error"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [None, None]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert_equal(result.best, result.state)
-
-
-def test_one_process_at_a_time(tmp_path):
-    with Record(tmp_path, {}), pytest.raises(CheckpointError, match="another process is training in .*Wait for it"):
-        Record(tmp_path, {}).__enter__()
-    with Record(tmp_path, {}):
-        pass
 
 
 def test_a_spoilt_log_does_not_stop_a_run(tmp_path):
@@ -536,22 +545,10 @@ def test_weak_types_do_not_recompile():
     assert len(traces) == 1
 
 
-def test_tensorboard_events(tmp_path):
+def test_tensorboard_files_lie_in_the_directory(tmp_path):
     pytest.importorskip("tensorboardX")
-    from tensorboardX.proto.event_pb2 import Event
-
     train(directory=tmp_path, tensorboard=True)
-    (file,) = (tmp_path / "tensorboard").iterdir()
-    content, values = file.read_bytes(), {}
-    while content:
-        length = int.from_bytes(content[:8], "little")
-        event = Event.FromString(content[12 : 12 + length])
-        content = content[16 + length :]
-        values |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-    logged = {("loss", line["update"]): line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")}
-    assert logged
-    for key, value in logged.items():
-        np.testing.assert_allclose(values[key], value, rtol=1e-6)
+    assert len([*(tmp_path / "tensorboard").iterdir()]) == 1
 
 
 def test_tensorboard_needs_a_directory():
@@ -591,12 +588,6 @@ def test_progress_line(capfd):
     assert "compiling" in err
     assert "loss=" in err
     assert "update/s" in err
-
-
-def test_files_are_json_lines(tmp_path):
-    train(directory=tmp_path)
-    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
-        json.loads(line)
 
 
 @pytest.mark.slow

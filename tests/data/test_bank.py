@@ -169,6 +169,20 @@ def test_few_classes_are_in_memory_at_a_time():
     assert number == 199
 
 
+def test_images_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    """A power cut leaves the whole bank or none: what still lay in a buffer when the file was synchronised would be lost."""
+    sizes, fsync = [], os.fsync
+
+    def spied_on(descriptor):
+        assert not (tmp_path / "small").exists()
+        sizes.append(os.fstat(descriptor).st_size)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", spied_on)
+    prepared_bank("small", source, tmp_path)
+    assert (tmp_path / "small" / "images.npy").stat().st_size in sizes
+
+
 def test_a_full_disk(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
