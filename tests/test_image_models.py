@@ -240,14 +240,14 @@ def test_strided_net_against_xla_step_by_step():
 
 def test_fully_connected_net_against_numpy_step_by_step():
     module, images = FullyConnectedNet(3, (6, 4)), jax.random.uniform(KEY, (5, 4, 4, 1))
-    params = jax.tree.map(lambda leaf: 30 * leaf, module.init(KEY, images))  # so that the variance is far above 0.001
+    params = jax.tree.map(lambda leaf: 30 * leaf, jax.jit(module.init)(KEY, images))  # so that the variance is far above 0.001
     x = np.asarray(images, np.float64).reshape(5, 16)
     for i, shift in enumerate((0.5, -0.2)):
         params["params"][f"BatchStatNorm_{i}"]["shift"] += shift
         x = x @ params["params"][f"Dense_{i}"]["kernel"]
         x = np.maximum((x - x.mean(0)[None]) / np.sqrt(x.var(0)[None] + 1e-3) + shift, 0)
     expected = x @ params["params"]["Dense_2"]["kernel"]
-    np.testing.assert_allclose(module.apply(params, images), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(jax.jit(module.apply)(params, images), expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("reference", [None, 2])
