@@ -42,12 +42,31 @@ def test_convolution_is_that_of_xla_in_value_and_in_first_and_second_derivatives
     assert ("scan" in program) == (images > 4 * images_at_a_time)
 
 
+def test_patches_of_pieces_are_made_again_for_the_gradients_and_not_kept(monkeypatch):
+    monkeypatch.setattr(convolution, "PIECE_BYTES", 1)
+    conv, x = Conv3x3(2), jnp.ones((6, 4, 4, 1))
+    _, pull = jax.vjp(lambda params: conv.apply(params, x), conv.init(KEY, x))
+    assert sum(leaf.size for leaf in jax.tree.leaves(pull)) < 3 * x.size  # patches alone have nine times the numbers
+
+
 @pytest.mark.parametrize(("stride", "parts"), [(1, 12), (2, 3)])
 def test_convolution_on_a_gpu_is_the_same_in_parts(stride, parts, monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(convolution, "PART_ROWS", 7)
     program = check_convolution(Conv3x3(4, stride=stride), (6, 4, 4, 3))
     assert f"f64[{parts},8,27]" in program
+
+
+def test_gradients_of_parts_are_summed_in_float32(monkeypatch):
+    """Read from the program: a CPU sums in float32 whatever it is told."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(convolution, "PART_ROWS", 1)
+    kernel, images = jnp.zeros((3, 3, 1, 1), jnp.bfloat16), jnp.ones((2, 4, 4, 1), jnp.bfloat16)
+    gradient = jax.grad(lambda kernel: convolution.by_patches(kernel, images).astype(jnp.float32).sum())
+    program = jax.make_jaxpr(gradient)(kernel)
+    sums = [equation.invars[0].aval for equation in program.eqns if equation.primitive.name == "reduce_sum"]
+    assert (32, 9, 1) in [terms.shape for terms in sums]  # a gradient of each row of patches
+    assert {terms.dtype for terms in sums} == {jnp.dtype("float32")}
 
 
 @pytest.mark.parametrize(("net", "backend"), [(StridedConvNet(5, blocks=2), "cpu"), (PooledConvNet(5, blocks=2), "gpu")])
@@ -149,6 +168,16 @@ def test_normalisation_against_numpy(shape):
     np.testing.assert_allclose(norm.apply(params, x).reshape(-1, 4), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_normalisation_in_half_precision_has_statistics_in_float32():
+    """Of values so far from zero that bfloat16, whose numbers there are 1/2 apart, would round their mean by as much."""
+    x = (100 + jax.random.normal(KEY, (8, 5, 5, 2))).astype(jnp.bfloat16)
+    found = BatchStatNorm().apply({"params": {"shift": jnp.zeros(2, jnp.bfloat16)}}, x)
+    assert found.dtype == jnp.bfloat16
+    flat = np.asarray(x, np.float64).reshape(-1, 2)
+    expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-3)
+    np.testing.assert_allclose(np.asarray(found, np.float64).reshape(-1, 2), expected, atol=0.02)
+
+
 def test_normalisation_begins_as_the_identity_on_normalised_values_and_has_a_shift_only():
     params = BatchStatNorm().init(KEY, IMAGES)
     assert jax.tree.map(jnp.shape, params) == {"params": {"shift": (1,)}}
@@ -209,6 +238,18 @@ def test_strided_net_against_xla_step_by_step():
     np.testing.assert_allclose(jax.jit(module.apply)(params, IMAGES), expected, rtol=1e-3, atol=1e-4)
 
 
+def test_fully_connected_net_against_numpy_step_by_step():
+    module, images = FullyConnectedNet(3, (6, 4)), jax.random.uniform(KEY, (5, 4, 4, 1))
+    params = jax.tree.map(lambda leaf: 30 * leaf, jax.jit(module.init)(KEY, images))  # so that the variance is far above 0.001
+    x = np.asarray(images, np.float64).reshape(5, 16)
+    for i, shift in enumerate((0.5, -0.2)):
+        params["params"][f"BatchStatNorm_{i}"]["shift"] += shift
+        x = x @ params["params"][f"Dense_{i}"]["kernel"]
+        x = np.maximum((x - x.mean(0)[None]) / np.sqrt(x.var(0)[None] + 1e-3) + shift, 0)
+    expected = x @ params["params"]["Dense_2"]["kernel"]
+    np.testing.assert_allclose(jax.jit(module.apply)(params, images), expected, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("reference", [None, 2])
 def test_pooled_net_against_xla_step_by_step(reference):
     """It pools before it normalises; the usual order is the other, and gives the same."""
@@ -242,6 +283,21 @@ def test_other_normalisation_layers_fit_in():
 def test_head_weights_are_standard_normal():
     kernel = jax.jit(from_linen(StridedConvNet(200), IMAGES).init)(KEY)["Dense_0"]["kernel"]
     assert abs(kernel.std() - 1) < 4 / np.sqrt(2 * kernel.size)
+
+
+def test_weights_of_convolutions_and_of_the_head_after_pooling_are_uniform_up_to_the_bound_of_glorot():
+    """sqrt(6 / (inputs + outputs)), where a convolution has nine of each."""
+    params = from_linen(PooledConvNet(20, filters=30, blocks=1), jnp.zeros((1, 2, 2, 30))).init(KEY)
+    for name, units in (("Conv3x3_0", 9 * (30 + 30)), ("Dense_0", 30 + 20)):
+        kernel = params[name]["kernel"]
+        np.testing.assert_allclose(jnp.abs(kernel).max(), np.sqrt(6 / units), rtol=0.02)
+        np.testing.assert_allclose(kernel.std(), np.sqrt(2 / units), rtol=0.1)
+
+
+def test_weights_of_the_fully_connected_net_are_small_and_cut_off_at_two_deviations():
+    params = from_linen(FullyConnectedNet(64, (64, 64)), jnp.zeros((1, 8, 8, 1))).init(KEY)
+    for i in range(3):
+        assert 0.015 < jnp.abs(params[f"Dense_{i}"]["kernel"]).max() <= 0.02
 
 
 def test_mixed_mode_and_reverse_mode_agree_on_the_meta_gradient():

@@ -9,7 +9,7 @@ from flax import linen, nnx
 
 from mamljax.losses import mse
 from mamljax.maml import maml
-from mamljax.models import from_linen, from_nnx, mixed_precision, mlp, with_context, with_linear_head
+from mamljax.models import from_linen, from_nnx, gaussian_policy, mixed_precision, mlp, with_context, with_linear_head
 from mamljax.types import Examples, Model, Task
 
 KEY = jax.random.key(0)
@@ -38,6 +38,21 @@ def test_mlp_keeps_the_scale_of_its_inputs():
     params = mlp(100, (100,), 1).init(KEY)
     np.testing.assert_allclose(params["Dense_0"]["kernel"].std(), 0.1, rtol=0.03)  # 10,000 samples tell it to 1 %
     assert not params["Dense_0"]["bias"].any()
+
+
+def test_mlp_begins_all_its_weights_as_it_is_told():
+    params = mlp(3, (4, 5), 2, kernel_init=jax.nn.initializers.constant(0.25)).init(KEY)
+    assert [layer["kernel"].shape for layer in params.values()] == [(3, 4), (4, 5), (5, 2)]
+    assert all((layer["kernel"] == 0.25).all() for layer in params.values())
+
+
+def test_weights_of_a_policy_are_uniform_up_to_the_bound_of_glorot():
+    """sqrt(6 / (inputs + outputs)) of a layer; thousands of samples come near to it."""
+    params = gaussian_policy(60, 20, hidden_sizes=(40,)).init(KEY)["MLP_0"]
+    for name, units in (("Dense_0", 60 + 40), ("Dense_1", 40 + 20)):
+        kernel = params[name]["kernel"]
+        np.testing.assert_allclose(jnp.abs(kernel).max(), np.sqrt(6 / units), rtol=0.01)
+        np.testing.assert_allclose(kernel.std(), np.sqrt(2 / units), rtol=0.1)
 
 
 @pytest.mark.parametrize(("inputs", "hidden", "outputs"), [(0, (4,), 1), (1, (4, 0), 1), (1, (4,), -1)])
@@ -120,6 +135,8 @@ def test_a_context_stands_beside_every_input():
     np.testing.assert_array_equal(model.apply(params, x), network.apply(params["network"], beside))
     whole = model.apply(params | {"context": jnp.array([0.5, 0.25, -1.5])}, jnp.ones((1, 2), jnp.int32))
     np.testing.assert_array_equal(whole, network.apply(params["network"], jnp.array([[1, 1, 0.5, 0.25, -1.5]])))
+    half = with_context(Model(lambda key: {}, lambda params, x: x), 3)  # what the network sees
+    assert half.apply(half.init(jax.random.key(0)), jnp.ones((5, 2), jnp.bfloat16)).dtype == jnp.bfloat16
     assert with_context(network, np.int64(3)).init(jax.random.key(0))["context"].shape == (3,)
     for shape in (0, (4, 4, 0), ()):
         with pytest.raises(ValueError, match="the size of a context must be a whole number of at least 1, got 0"):
@@ -133,6 +150,17 @@ def test_the_context_of_images_is_further_channels():
     seen = model.apply(model.init(jax.random.key(0)) | {"context": context}, images)
     np.testing.assert_array_equal(seen[..., :3], images)
     np.testing.assert_array_equal(seen[..., 3:], jnp.tile(context, (3, 1, 1, 1)))
+
+
+def test_a_head_keeps_the_scale_of_its_features_and_is_drawn_apart_from_them():
+    """Features whose weights have the shape and the distribution of the head's, so that the same key would give the same."""
+    init = jax.nn.initializers.lecun_normal()
+    features = Model(lambda key: init(key, (100, 100)), lambda params, x: x @ params)
+    params = with_linear_head(features, jnp.zeros((1, 100)), 100).init(KEY)
+    kernel = params["head"]["kernel"]
+    np.testing.assert_allclose(kernel.std(), 0.1, rtol=0.03)  # 10,000 samples tell it to 1 %
+    assert not params["head"]["bias"].any()
+    assert abs(np.corrcoef(kernel.ravel(), params["features"].ravel())[0, 1]) < 0.05
 
 
 def test_head_needs_flat_features():
@@ -154,5 +182,7 @@ def test_mixed_precision_calculates_in_half_precision_between_whole_numbers():
     np.testing.assert_array_equal(product, [1 + 2**-7, 3.03125])  # of 3.0234375, as near as bfloat16 is to it
     model.apply({"w": jnp.float32(1.0)}, jnp.array([1, 3]))
     assert seen[1] == (jnp.bfloat16, jnp.int32)
+    with jax.enable_x64(True):
+        assert model.apply({"w": jnp.float64(1.0)}, jnp.ones(3))[0].dtype == jnp.float64
     with pytest.raises(ValueError, match=r"dtype must be one of floating-point numbers, got int32. Take jnp.bfloat16"):
         mixed_precision(model, jnp.int32)

@@ -65,6 +65,15 @@ def test_steps_of_the_controller_by_numpy(params):
     assert (np.abs(state.slots).sum(1) > 0.05).all()
 
 
+def test_at_first_little_of_a_cell_is_forgotten():
+    """By the biases alone, without kernels, its gate is open by sigmoid(1) = 0.73; the others are half open."""
+    params = build().init(jax.random.key(0)).params
+    params = {name: layer | {"kernel": jnp.zeros_like(layer["kernel"])} for name, layer in params.items() if name != "features"}
+    after = see(params, START._replace(cell=np.ones(HIDDEN)), jnp.zeros(4 + WAYS))
+    np.testing.assert_allclose(after.cell, sigmoid(1.0), rtol=1e-5)
+    np.testing.assert_allclose(after.hidden, 0.5 * np.tanh(sigmoid(1.0)), rtol=1e-5)
+
+
 def test_a_query_sees_the_support_set_and_no_other_query(params):
     """Its logits by hand, which the loss gives away."""
     rng = np.random.default_rng(1)

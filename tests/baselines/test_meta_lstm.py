@@ -55,13 +55,14 @@ def test_two_steps_are_those_of_the_paper():
     np.testing.assert_allclose(np.concatenate([final["theta"]["a"], final["theta"]["b"]]), expected, rtol=1e-5)
 
 
-def test_it_begins_as_gradient_descent_that_keeps_nearly_everything():
-    model, rule = meta_lstm(mlp(1, (8,), 1), 0.03)
+@pytest.mark.parametrize(("inner_lr", "atol"), [(0.03, 0.01), (0.5, 0.03)])
+def test_it_begins_as_gradient_descent_that_keeps_nearly_everything(inner_lr, atol):
+    model, rule = meta_lstm(mlp(1, (8,), 1), inner_lr)
     params = model.init(KEY)
     gradient = jax.tree.map(lambda leaf: jax.random.normal(KEY, leaf.shape), params)
     updates, _ = rule.update(gradient, rule.init(params), params)
     for update, slope, leaf in zip(*map(jax.tree.leaves, (updates["theta"], gradient["theta"], params["theta"])), strict=True):
-        np.testing.assert_allclose(update, -0.03 * slope - 0.007 * leaf, atol=0.01)
+        np.testing.assert_allclose(update, -inner_lr * slope - 0.007 * leaf, atol=atol)
 
 
 def test_what_it_sees_of_gradients_of_all_sizes():

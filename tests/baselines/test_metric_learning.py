@@ -205,3 +205,5 @@ def test_counts_are_checked():
     for build in (matching, prototypical, memory_module):
         with pytest.raises(ValueError, match="ways must be a whole number of at least 2, got 1"):
             build(FEATURES, cross_entropy, **SHARED | {"ways": 1})
+    with pytest.raises(ValueError, match="ways must be a whole number of at least 2, got 1"):
+        siamese(FEATURES, jnp.zeros((1, 4, 4, 1)), cross_entropy, **SHARED | {"ways": 1})

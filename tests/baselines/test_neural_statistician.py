@@ -136,6 +136,14 @@ def test_samples_differ_from_key_to_key():
     assert len(losses) == 3
 
 
+def test_samples_of_contexts_are_not_those_of_latent_variables(monkeypatch):
+    """By a loss that counts what both have."""
+    shared = lambda network, images, members, noise: 1.0 * jnp.isin(noise.context, noise.latent).sum()  # noqa: E731
+    monkeypatch.setattr("mamljax.baselines.neural_statistician.negative_bound", shared)
+    learner = build()
+    assert learner.update(KEY, learner.init(KEY), jax.tree.map(lambda leaf: leaf[None], TASK))[1]["loss"] == 0
+
+
 def test_malformed_tasks_are_refused():
     learner = build()
     state = learner.init(KEY)

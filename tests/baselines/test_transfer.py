@@ -71,9 +71,10 @@ def test_the_head_of_the_training_classes_is_not_used():
     state = trained(learner, updates=2)
     other = state._replace(params=state.params | {"head": jax.tree.map(lambda leaf: leaf + 1, state.params["head"])})
     moved = state._replace(params=state.params | {"features": jax.tree.map(lambda leaf: -leaf, state.params["features"])})
-    loss = jax.jit(lambda state: learner.evaluate(KEY, state, TEST(KEY))["loss"])
+    loss = jax.jit(lambda state, key=KEY: learner.evaluate(key, state, TEST(KEY))["loss"])
     np.testing.assert_array_equal(loss(state), loss(other))
     assert (loss(moved) != loss(state)).any()
+    assert loss(state, jax.random.key(1))[0] != loss(state)[0]  # the new one is drawn
 
 
 def test_nearest_neighbour_by_hand():
@@ -92,6 +93,7 @@ def test_labelled_batches_hold_images_of_their_class():
     bank[:, 3:] = 99
     task = labelled(bank, batch_size=6000, counts=[3] * 12)(KEY)
     np.testing.assert_array_equal(np.rint(255 * task.support.x[:, 0, 0, 0]), task.support.y)  # and none beyond the counts
+    jax.tree.map(np.testing.assert_array_equal, task.query, task.support)
     counts = np.bincount(task.support.y, minlength=12)
     assert np.abs(counts - 500).max() < 4.5 * np.sqrt(500 * 11 / 12)
     with pytest.raises(ValueError, match="batch_size must be a whole number"):
@@ -110,3 +112,8 @@ def test_labelled_images_are_turned_one_by_one():
 def test_counts_are_checked(name, least):
     with pytest.raises(ValueError, match=f"must be a whole number of at least {least}, got 0"):
         nearest_neighbour(FEATURES, X, cross_entropy, **SHARED | {name: 0})
+
+
+def test_steps_of_fine_tuning_are_counted_from_one():
+    with pytest.raises(ValueError, match="eval_steps must be a whole number of at least 1, got 0"):
+        fine_tuning(FEATURES, X, cross_entropy, rule=0.5, eval_steps=0, **SHARED)

@@ -59,7 +59,8 @@ def test_features_of_the_baseline():
     np.testing.assert_allclose(found[1, 0], [0.5, 0, 0.25, 0, 0.5, 0.25, 0.125, 1], rtol=1e-6)
 
 
-def test_baseline_is_ridge_regression_in_float64():
+@pytest.mark.parametrize(("settings", "ridge"), [({}, 1e-5), ({"ridge": 10.0}, 10.0)])
+def test_baseline_is_ridge_regression_in_float64(settings, ridge):
     generator = np.random.default_rng(0)
     observations = generator.normal(size=(30, 4, 3)).astype(np.float32)
     returns = generator.normal(size=(30, 4)).astype(np.float32)
@@ -67,11 +68,11 @@ def test_baseline_is_ridge_regression_in_float64():
     mask = (np.arange(30)[:, None] < lengths).astype(np.float32)
     rubbish = np.where(mask > 0, returns, 1e3).astype(np.float32)
     time = jnp.broadcast_to(jnp.arange(30.0)[:, None], (30, 4))
-    found = advantages.linear_baseline(jnp.array(observations), time, jnp.array(rubbish), jnp.array(mask))
+    found = advantages.linear_baseline(jnp.array(observations), time, jnp.array(rubbish), jnp.array(mask), **settings)
 
     taken = mask.reshape(-1) > 0
     x = np.asarray(advantages.features(jnp.array(observations), time), np.float64).reshape(120, -1)
-    weights = np.linalg.solve(x[taken].T @ x[taken] + 1e-5 * np.eye(10), x[taken].T @ returns.reshape(-1)[taken])
+    weights = np.linalg.solve(x[taken].T @ x[taken] + ridge * np.eye(10), x[taken].T @ returns.reshape(-1)[taken])
     np.testing.assert_allclose(np.reshape(found, -1)[taken], (x @ weights)[taken], atol=1e-3)
     assert (np.reshape(found, -1)[~taken] == 0).all()
 

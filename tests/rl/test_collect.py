@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from mamljax.models import gaussian_policy, mlp
-from mamljax.rl import advantages
 from mamljax.rl.collect import collector
 from mamljax.rl.environment import Environment, Step
 from mamljax.rl.navigation import navigation
@@ -71,6 +70,33 @@ def test_a_trajectory_of_known_states():
     np.testing.assert_allclose(data.actions, 1.0, atol=1e-6)
     np.testing.assert_array_equal(batch.first_returns, (states + 1).sum(0))
     assert not data.unstable.any()
+
+
+def test_every_step_of_every_row_has_a_key_and_noise_of_its_own():
+    def step(key, *rest):
+        return counter_env().step(key, *rest)._replace(reward=jax.random.normal(key))
+
+    policy = Model(lambda key: jnp.ones(1), lambda params, x: (jnp.zeros((*x.shape[:-1], 2)), jnp.zeros(2)))
+    collect = collector(policy, counter_env(step=step), horizon=HORIZON, trajectories=TRAJECTORIES).collect
+    data = collect(KEY, jnp.ones(1), counter_env().sample_task(KEY)).trajectories
+    assert len(np.unique(data.rewards)) == HORIZON * TRAJECTORIES
+    assert len(np.unique(data.actions)) == HORIZON * TRAJECTORIES * 2
+
+
+def test_a_state_may_hold_a_random_key():
+    def reset(key, task):
+        state, observation = counter_env().reset(key, task)
+        return (key, state), observation
+
+    def step(key, state, action, task):
+        outcome = counter_env().step(key, state[1], action, task)
+        return outcome._replace(state=(state[0], outcome.state))
+
+    env = counter_env(reset=reset, step=step)
+    collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
+    batch = collect(KEY, jnp.ones(1), env.sample_task(KEY))
+    np.testing.assert_array_equal(batch.first_returns, batch_of().first_returns)
+    assert not batch.trajectories.unstable.any()
 
 
 def test_rewards_may_be_integers_or_flags():
@@ -191,6 +217,9 @@ def test_an_observation_of_reset_that_is_not_finite_is_unstable():
     assert (batch.trajectories.unstable == 1).all()
     assert (batch.trajectories.mask == 0).all()
     assert jnp.isnan(batch.mean_return)
+    # Nothing that a policy learns from has it, not even where it is masked: 0 times NaN would be NaN.
+    learned_from = batch.trajectories, batch.advantages, batch.advantage_std
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(learned_from))
 
 
 def test_a_baseline_of_as_many_features_as_steps_is_warned_of():
@@ -204,16 +233,55 @@ def test_a_policy_that_is_not_finite_has_no_return():
     assert jnp.isnan(batch.mean_return)
 
 
+def test_rows_in_which_a_policy_is_finite_keep_their_returns():
+    """It is not where it sees a 1, as it always does in about half of the rows."""
+
+    def reset(key, task):
+        state = jax.random.bernoulli(key).astype(jnp.float32)
+        return state, state[None]
+
+    def step(key, state, action, task):
+        return Step(state, state[None], jnp.float32(1), jnp.array(False))
+
+    env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=1, action_size=1)
+    policy = Model(lambda key: jnp.ones(1), lambda params, x: (jnp.where(x > 0.5, jnp.nan, x), jnp.zeros(1)))
+    batch = collector(policy, env, horizon=HORIZON, trajectories=20).collect(KEY, jnp.ones(1), jnp.int32(0))
+    seen = batch.trajectories.observations[0, :, 0]
+    assert 0 < seen.sum() < 20
+    np.testing.assert_array_equal(batch.first_returns, np.where(seen > 0.5, np.nan, HORIZON))
+    assert jnp.isnan(batch.mean_return)
+
+
 @pytest.mark.parametrize("gae_lambda", [0.5, 1.0])
-def test_advantages_are_those_of_their_parts(gae_lambda):
-    batch = batch_of(ends=5.0, gae_lambda=gae_lambda)
-    data = batch.trajectories
-    returns = advantages.discounted_sums(data.rewards, data.ends, 0.9)
-    values = advantages.linear_baseline(data.observations, data.time, returns, data.mask)
-    estimated = advantages.generalised_advantages(data.rewards, values, data.ends, discount=0.9, gae_lambda=gae_lambda)
-    expected, spread = advantages.standardise(estimated, data.mask)
+def test_advantages_by_numpy(gae_lambda):
+    """A trajectory at a time: the returns, the baseline that fits them, what followed beyond it, on a scale of its own."""
+    batch, discount = batch_of(ends=5.0, gae_lambda=gae_lambda), 0.9
+    observations, time, mask, ends, _ = by_hand(np.asarray(batch_of().trajectories.observations[0, :, 0]), ends=5.0)
+    trajectories = []  # the places of their steps
+    for row in range(TRAJECTORIES):
+        *complete, _ = np.split(np.arange(HORIZON), np.flatnonzero(ends[:, row]) + 1)
+        trajectories += [(steps, row) for steps in complete]
+    assert len(trajectories) > TRAJECTORIES
+
+    returns, estimated = np.zeros((2, HORIZON, TRAJECTORIES))
+    for steps, row in trajectories:
+        rewards = observations[steps, row] + 1
+        returns[steps, row] = [discount ** np.arange(len(steps) - t) @ rewards[t:] for t in range(len(steps))]
+    time = time / 100
+    x = np.stack([observations, observations**2, time, time**2, time**3, np.ones_like(time)], axis=-1)[mask > 0]
+    x = np.asarray(x, np.float64)
+    weights = np.linalg.solve(x.T @ x + 1e-5 * np.eye(6), x.T @ returns[mask > 0])
+    values = np.zeros((HORIZON, TRAJECTORIES))
+    values[mask > 0] = x @ weights
+    for steps, row in trajectories:
+        value = np.append(values[steps, row], 0)
+        beyond = observations[steps, row] + 1 + discount * value[1:] - value[:-1]
+        decay = (discount * gae_lambda) ** np.arange(len(steps))
+        estimated[steps, row] = [decay[: len(steps) - t] @ beyond[t:] for t in range(len(steps))]
+    counted = estimated[mask > 0]
+    np.testing.assert_allclose(batch.advantage_std, counted.std(), rtol=1e-3)
+    expected = np.where(mask > 0, (estimated - counted.mean()) / counted.std(), 0)
     np.testing.assert_allclose(batch.advantages, expected, atol=2e-3)
-    np.testing.assert_allclose(batch.advantage_std, spread, rtol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +290,7 @@ def test_advantages_are_those_of_their_parts(gae_lambda):
         ({"horizon": 0}, "horizon must be a whole number of at least 1, got 0"),
         ({"trajectories": -1}, "trajectories must be a whole number of at least 1, got -1"),
         ({"discount": 1.1}, r"discount must lie in \[0, 1\], got 1.1"),
+        ({"discount": -0.1}, r"discount must lie in \[0, 1\], got -0.1"),
         ({"gae_lambda": float("nan")}, r"gae_lambda must lie in \[0, 1\], got nan"),
     ],
 )

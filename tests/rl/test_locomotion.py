@@ -13,6 +13,7 @@ pytest.importorskip("gymnasium.envs.mujoco")
 gymnasium = pytest.importorskip("gymnasium")
 
 from mamljax.rl.locomotion import TASKS, locomotion  # noqa: E402
+from mamljax.rl.planar import is_planar  # noqa: E402
 from mamljax.rl.protocols import PROTOCOLS  # noqa: E402
 from mamljax.rl.robots import load_robot  # noqa: E402
 
@@ -160,7 +161,11 @@ def test_ant_is_the_papers():
 
 @pytest.mark.parametrize(
     ("task", "protocol", "index", "start", "spread"),
-    [("half_cheetah_direction", "gymnasium", 1, 0.0, 0.1 / np.sqrt(3)), ("ant_velocity", "paper", 2, 0.55, 0.01)],
+    [
+        ("half_cheetah_direction", "gymnasium", 1, 0.0, 0.1 / np.sqrt(3)),
+        ("ant_velocity", "paper", 2, 0.55, 0.01),
+        ("ant_direction", "gymnasium", 2, 0.75, 0.1 / np.sqrt(3)),
+    ],
 )
 def test_first_states(task, protocol, index, start, spread):
     environment = compiled(task, protocol)
@@ -269,6 +274,42 @@ def test_an_unstable_simulation_ends_alone(wrong):
     np.testing.assert_array_equal(step.observation[::2], well.observation[::2])
     assert step.reward[1] == 0
     assert np.isfinite(step.reward).all()
+
+
+PLANAR = """
+<mujoco>
+  <worldbody>
+    {beside}
+    <body name="torso" pos="0 0 1" {turned}>
+      <joint type="slide" axis="1 0 0"/>
+      <joint type="slide" axis="0 0 1"/>
+      <joint type="hinge" axis="{axis}" pos="{joint}"/>
+      <geom size="0.1"/>
+      <body pos="0 0 -0.5">
+        <joint type="hinge" axis="0 1 0" ref="{ref}"/>
+        <geom size="0.1"/>
+      </body>
+    </body>
+  </worldbody>
+</mujoco>
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "planar"),
+    [
+        ({}, True),
+        ({"turned": 'quat="0.7 0 0.7 0"'}, False),
+        ({"axis": "0 0 1"}, False),
+        ({"joint": "0.1 0 0"}, False),
+        ({"ref": "0.3"}, False),
+        ({"beside": '<body><geom size="0.1"/></body>'}, False),
+    ],
+)
+def test_what_makes_a_robot_planar(change, planar):
+    """Whose centre of mass is then taken from its joints alone."""
+    parts = {"beside": "", "turned": "", "axis": "0 1 0", "joint": "0 0 0", "ref": "0"} | change
+    assert is_planar(mujoco.MjModel.from_xml_string(PLANAR.format(**parts))) == planar
 
 
 def test_bad_settings():

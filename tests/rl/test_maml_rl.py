@@ -30,8 +30,10 @@ from mamljax.rl.maml_rl import (
 from mamljax.rl.promp import promp
 from mamljax.rl.trpo import TrustRegionState, hessian_vector_product, trpo
 from mamljax.rl.wrappers import with_task_observed
+from mamljax.types import MetaLearner
 
 MAX_KL = 0.02
+SETTINGS = {"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "tx": optax.sgd(0.1)}
 MAML = functools.partial(maml_rl, COLLECTOR, rule=0.3, eval_steps=2)
 ORACLE_COLLECTOR = collector(smooth_policy(2), with_task_observed(target_env()), horizon=3, trajectories=10)
 ORACLE = functools.partial(maml_rl, ORACLE_COLLECTOR, rule=0.3, inner_steps=0, eval_steps=0)
@@ -39,7 +41,8 @@ LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "maml by trpo": (MAML(inner_steps=1, tx=trpo(MAX_KL, damping=1e-3)), 2),
     "two steps by adam": (MAML(inner_steps=2, tx=optax.adam(0.01), chunk_size=3), 2),
     "promp": (promp(COLLECTOR, rule=0.3, inner_steps=1, eval_steps=2, tx=optax.adam(0.01), chunk_size=3), 2),
-    "oracle": (ORACLE(tx=trpo(MAX_KL, damping=1e-3)), 0),
+    # To judge every step of none is to judge the policy as it is.
+    "oracle": (ORACLE(tx=trpo(MAX_KL, damping=1e-3), multi_step_loss=True), 0),
 }
 
 
@@ -307,6 +310,8 @@ def test_adaptation_gathers_with_the_policy_of_each_step(batches):
     means = jax.vmap(lambda params: MODEL.apply(params, jnp.ones(1))[0])(path)
     np.testing.assert_allclose(found.trajectories.policy.mean[:, 0, 0], means, rtol=1e-4, atol=1e-6)
     assert len(set(np.asarray(means[:, 0]))) == 3
+    noise = (found.trajectories.actions - found.trajectories.policy.mean) / jnp.exp(found.trajectories.policy.log_std)
+    assert len(np.unique(np.round(noise, 4))) > 0.9 * noise.size  # each step has a key of its own
 
 
 def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
@@ -340,6 +345,22 @@ def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), grads, expected_grads)
 
 
+def test_so_many_tasks_are_differentiated_at_a_time():
+    """Of six tasks three at once, for which the program has loops of two; further ones are of other things."""
+
+    def loops_of_two(chunk_size):
+        learner = maml_rl(COLLECTOR, **SETTINGS, chunk_size=chunk_size)
+        program = jax.make_jaxpr(learner.update)(KEY, learner.init(KEY), tasks_from(0))
+        return len(re.findall(r"\blength=2\b", str(program)))
+
+    assert loops_of_two(3) > loops_of_two(None)
+
+
+@pytest.mark.parametrize("settings", [{"inner_steps": 0}, {"differentiation": "first_order"}])
+def test_a_rule_that_is_not_differentiated_needs_no_derivative(settings):
+    assert isinstance(maml_rl(COLLECTOR, **SETTINGS | {"rule": optax.adam(0.1)} | settings), MetaLearner)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -354,4 +375,4 @@ def test_multi_step_loss_is_the_mean_over_steps_by_the_spread_of_returns():
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        maml_rl(COLLECTOR, **{"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "tx": optax.sgd(0.1)} | settings)
+        maml_rl(COLLECTOR, **SETTINGS | settings)

@@ -47,6 +47,12 @@ def test_the_first_step_is_that_of_maml_on_likelihood_ratios(inner_steps, multi_
     assert not battery.equal(found.params, start.init(KEY).params)
 
 
+def test_tasks_are_differentiated_in_whole_chunks():
+    learner = promp(COLLECTOR, tx=optax.sgd(0.1), chunk_size=4, **SETTINGS)
+    with pytest.raises(ValueError, match="chunk_size must divide the number of tasks in a meta-batch, 6, got 4"):
+        jax.eval_shape(learner.update, KEY, jax.eval_shape(learner.init, KEY), tasks_from(0))
+
+
 def test_trpo_is_refused_in_a_chain_too():
     chain = optax.chain(optax.clip_by_global_norm(1.0), trpo(0.01))
     with pytest.raises(ValueError, match=r"tx must take small steps on the loss, such as optax.adam\(1e-3\)"):
@@ -87,18 +93,22 @@ def test_two_steps_on_what_two_steps_of_adaptation_gathered():
     def written_out(params):
         gather = functools.partial(collect_and_adapt, COLLECTOR, optax.sgd(0.3), 2)
         batches = jax.vmap(gather, (0, None, 0))(jax.random.split(KEY, 6), params, tasks_from(0))
+        norms = []
         for _ in range(2):
             ratios = jax.vmap(lambda batches, params=params: ratio_of(*along(params, batches)[2]))(batches)
             grads = jax.grad(lambda params: jax.vmap(loss, (None, 0))(params, batches).mean())(params)
             params = jax.tree.map(lambda leaf, slope: leaf - lr * slope, params, grads)
+            norms.append(optax.tree.norm(grads))
         kl = jax.vmap(lambda batches: jnp.stack([mean_kl(*policy) for policy in along(params, batches)]))(batches)
-        return params, ratios, kl.mean(0)
+        return params, ratios, kl.mean(0), norms
 
-    expected, ratios, kl = written_out(state.params)
+    expected, ratios, kl, (first, last) = written_out(state.params)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), found.params, expected)
     assert 0.05 < (jnp.abs(ratios - 1) > clip).mean() < 0.95  # when the second step is taken
     np.testing.assert_allclose(metrics["kl_before"], kl[:2].mean(), rtol=1e-3)
     np.testing.assert_allclose(metrics["kl"], kl[2], rtol=1e-3)
+    assert abs(first / last - 1) > 0.01
+    np.testing.assert_allclose(metrics["grad_norm"], last, rtol=1e-3)
 
 
 def test_ratios_are_clipped_where_they_would_gain():

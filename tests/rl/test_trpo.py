@@ -24,6 +24,12 @@ def linear_loss(params):
     return params["a"] @ jnp.array([1.0, 2.0]) - 3.0 * params["b"]
 
 
+def product(v):
+    """Of that Hessian and a vector."""
+    image = MATRIX @ jnp.append(v["a"], v["b"])
+    return {"a": image[:2], "b": image[2]}
+
+
 @functools.partial(jax.jit, static_argnames=("tx", "value_fn", "kl_fn"))
 def step(tx, value_fn, kl_fn=kl_fn):
     value, grads = jax.value_and_grad(value_fn)(START)
@@ -70,14 +76,38 @@ def test_a_step_down_a_linear_loss_is_the_natural_gradient_to_the_bound(hvp):
     assert 0.88 * 0.01 < state.kl <= 0.01
 
 
-def test_a_step_too_long_is_shortened_by_the_divergence_it_makes():
-    """To nine tenths of the bound, if the divergence is quadratic: here the curvature it is told is a third of what it is."""
+def test_damping_is_added_to_the_diagonal_of_the_curvature():
+    updates, state = step(trpo(0.01, damping=2.0), linear_loss)
+    damped = MATRIX + 2 * np.eye(3)
+    direction = np.linalg.solve(damped, [1.0, 2.0, -3.0])
+    full = -direction * np.sqrt(2 * 0.01 / (direction @ damped @ direction))
+    assert state.fraction == 1  # well within the bound
+    np.testing.assert_allclose(jnp.append(updates["a"], updates["b"]), full, rtol=1e-3)
+
+
+def test_one_iteration_of_conjugate_gradients_is_a_step_along_the_gradient():
+    updates, _ = step(trpo(0.01, cg_steps=1), linear_loss)
+    taken = np.append(updates["a"], updates["b"])
+    assert taken[0] < 0
+    np.testing.assert_allclose(taken / taken[0], [1, 2, -3], rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("scale", "max_backtracks", "fraction"),
+    [
+        (3.0, 2, np.sqrt(0.9 / 3)),  # at once to nine tenths of the bound
+        (100.0, 5, np.sqrt(0.9 / 100)),  # by halves first: 1, 1/2, 1/4, 1/8 are too much
+        (100.0, 4, 0.0),  # these four are all that may be tried
+    ],
+)
+def test_a_step_too_long_is_shortened_by_the_divergence_it_makes(scale, max_backtracks, fraction):
+    """The divergence is quadratic, and so many times the one that it is told the curvature of."""
     value, grads = jax.value_and_grad(linear_loss)(START)
-    arguments = {"value": value, "value_and_kl_fn": lambda p: (linear_loss(p), kl_fn(p, scale=3.0))}
-    product = lambda v: {"a": MATRIX[:2] @ jnp.append(v["a"], v["b"]), "b": MATRIX[2] @ jnp.append(v["a"], v["b"])}  # noqa: E731
-    state = trpo(0.01).update(grads, None, START, kl_product=product, **arguments)[1]
-    np.testing.assert_allclose(state.fraction, np.sqrt(0.9 / 3), rtol=1e-3)
-    np.testing.assert_allclose(state.kl, 0.009, rtol=1e-3)
+    arguments = {"value": value, "value_and_kl_fn": lambda p: (linear_loss(p), kl_fn(p, scale=scale))}
+    tx = trpo(0.01, max_backtracks=max_backtracks)
+    state = tx.update(grads, None, START, kl_product=product, **arguments)[1]
+    np.testing.assert_allclose(state.fraction, fraction, rtol=1e-3)
+    np.testing.assert_allclose(state.kl, 0.009 if fraction else 0, rtol=1e-3)
 
 
 def test_a_step_that_improves_nothing_is_shortened_by_the_ratio():
@@ -86,15 +116,16 @@ def test_a_step_that_improves_nothing_is_shortened_by_the_ratio():
     assert state.change < 0
 
 
-def test_a_product_that_the_caller_knows_is_used():
+@pytest.mark.parametrize(("hvp", "ratio"), [("exact", 2.0), ("finite_differences", 1.0)])
+def test_a_product_that_the_caller_knows_is_used_for_the_exact_one(hvp, ratio):
     def with_product(scale):
         value, grads = jax.value_and_grad(linear_loss)(START)
         product = lambda v: jax.tree.map(lambda leaf: scale * leaf, v)  # noqa: E731
         both = lambda p: (linear_loss(p), kl_fn(p))  # noqa: E731
-        return trpo(0.01).update(grads, None, START, value=value, value_and_kl_fn=both, kl_product=product)[0]
+        return trpo(0.01, hvp=hvp).update(grads, None, START, value=value, value_and_kl_fn=both, kl_product=product)[0]
 
-    ratio = with_product(100.0)["b"] / with_product(400.0)["b"]  # steps go with the root of the curvature
-    np.testing.assert_allclose(ratio, 2.0, rtol=1e-3)
+    # Steps go with the root of the curvature.
+    np.testing.assert_allclose(with_product(100.0)["b"] / with_product(400.0)["b"], ratio, rtol=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 30.0])

@@ -108,6 +108,33 @@ def test_classes_are_turned_as_a_whole_by_every_angle():
     assert (turns[:, 0, 0] != turns[:, 1, 0]).any()
 
 
+def turns_of(examples):
+    """By how many quarters each image is turned, by where its mark is: [episodes, n]."""
+    corners = [(0, 0), (SIZE - 1, 0), (SIZE - 1, SIZE - 1), (0, SIZE - 1)]
+    return np.stack([examples.x[..., row, column, 0] == 1.0 for row, column in corners], axis=-1).argmax(-1)
+
+
+def assert_independent(one, other):
+    """All pairs of two of four values are equally frequent."""
+    counts, p = np.histogram2d(one.ravel(), other.ravel(), bins=(4, 4), range=((-0.5, 3.5),) * 2)[0], 1 / 16
+    assert counts.sum() == one.size
+    assert np.abs(counts - one.size * p).max() < 4.5 * np.sqrt(one.size * p * (1 - p))
+
+
+def test_how_a_class_is_turned_does_not_tell_which_it_is():
+    sample = episodes(BANK[:4], ways=1, shots=1, queries=1, rotations=True)
+    tasks = draw_all(sample, jax.random.split(KEY, 4000))
+    assert_independent(origin(tasks.support)[0], turns_of(tasks.support))
+
+
+def test_classes_numbers_and_turns_of_labelled_images_are_independent():
+    examples = labelled(BANK[:4, :4], batch_size=4000, rotations=True)(KEY).support
+    classes, numbers = origin(examples)
+    np.testing.assert_array_equal(classes, examples.y)
+    for one, other in ((classes, numbers), (classes, turns_of(examples)), (numbers, turns_of(examples))):
+        assert_independent(one, other)
+
+
 @pytest.mark.parametrize("turns", range(4))
 def test_turn_is_numpys(turns):
     image = np.arange(18).reshape(1, 3, 3, 2)
