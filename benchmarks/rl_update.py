@@ -28,7 +28,7 @@ from jax import Array
 from mamljax import report
 from mamljax.devices import BY_TASK, divide, on, place, task_mesh
 from mamljax.models import gaussian_policy
-from mamljax.rl.collect import Collector, collector
+from mamljax.rl.collect import Collector, collect_with
 from mamljax.rl.environment import Environment
 from mamljax.rl.locomotion import locomotion
 from mamljax.rl.maml_rl import maml_rl
@@ -76,7 +76,7 @@ def build_promp(environment: Environment, **sizes: int) -> MetaLearner:
 def collector_of(environment: Environment, *, trajectories: int, horizon: int) -> Collector:
     """The paper's policy, and how it gathers trajectories."""
     policy = gaussian_policy(environment.observation_size, environment.action_size)
-    return collector(policy, environment, horizon=horizon, trajectories=trajectories)
+    return collect_with(policy, environment, horizon=horizon, trajectories=trajectories)
 
 
 def first_update(learner: MetaLearner, environment: Environment, num_tasks: int) -> tuple[Array, State, PyTree]:

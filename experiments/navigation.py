@@ -93,9 +93,9 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
     goals = jax.vmap(env.sample_task)(goal_keys)
     for method, line in zip(methods, panels, strict=True):
         params = jax.tree.map(lambda leaf: leaf[0], trained[method].states.params)
-        collect = reinforcement.collector_of(method, reinforcement.at_test(options), env)
+        collector = reinforcement.collector_of(method, reinforcement.at_test(options), env)
         rule = reinforcement.rule_of(method, trained[method].lr)
-        adapt = functools.partial(collect_and_adapt, collect, rule, options.eval_steps)
+        adapt = functools.partial(collect_and_adapt, collector, rule, options.eval_steps)
         batches = jax.jit(jax.vmap(lambda key, goal, adapt=adapt, params=params: adapt(key, params, goal)))(keys, goals)
         steps = batches.trajectories
         of_first = jax.vmap(jax.vmap(lambda steps: steps.first))(steps)

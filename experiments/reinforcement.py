@@ -18,7 +18,7 @@ from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.figures import legend_below, new_figure
 from mamljax.models import gaussian_policy, with_context
 from mamljax.record import read_metrics
-from mamljax.rl.collect import Collector, collector
+from mamljax.rl.collect import Collector, collect_with
 from mamljax.rl.environment import Environment
 from mamljax.rl.maml_rl import InnerObjective, maml_rl
 from mamljax.rl.promp import promp
@@ -174,7 +174,7 @@ def train(method: Method, options: Options, run: runner.Run, env: Environment) -
 
 def build_learner(method: Method, options: Options, env: Environment) -> MetaLearner:
     """A method by its name."""
-    collect = collector_of(method, options, env)
+    collector = collector_of(method, options, env)
     shared = {
         "rule": rule_of(method, options.inner_lr),
         "inner_steps": options.inner_steps if method in ADAPTING else 0,
@@ -188,9 +188,9 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
                 f"promp needs a --chunk-size that divides --num-tasks, got {options.chunk_size}, {options.num_tasks}."
             )
         how = {"outer_steps": options.promp_steps, "clip": options.promp_clip, "kl_weight": options.promp_kl_weight}
-        return promp(collect, tx=optax.adam(options.meta_lr), **how, **shared)
+        return promp(collector, tx=optax.adam(options.meta_lr), **how, **shared)
     return maml_rl(
-        collect,
+        collector,
         tx=outer_optimiser(options),
         inner_objective=options.inner_objective,
         differentiation="first_order" if method == "fomaml" else "reverse",
@@ -210,7 +210,7 @@ def collector_of(method: Method, options: Options, env: Environment) -> Collecto
     model = gaussian_policy(env.observation_size + further, env.action_size, hidden_sizes=options.hidden_sizes)
     model = with_context(model, further) if further else model
     sizes = {name: getattr(options, name) for name in ("horizon", "trajectories", "discount", "gae_lambda")}
-    return collector(model, env, **sizes)
+    return collect_with(model, env, **sizes)
 
 
 def outer_optimiser(options: Options) -> optax.GradientTransformation:
@@ -233,9 +233,9 @@ def measure(method: Method, options: Options, env: Environment, states: State, l
 
 @functools.partial(jax.jit, static_argnames=("method", "options", "env"))
 def _measure(states: State, lr: Array, key: Array, *, method: Method, options: Options, env: Environment) -> Metrics:
-    collect = collector_of(method, at_test(options), env)
+    collector = collector_of(method, at_test(options), env)
     steps = 0 if method == "oracle" else options.eval_steps
-    learner = maml_rl(collect, rule=rule_of(method, lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
+    learner = maml_rl(collector, rule=rule_of(method, lr), inner_steps=0, eval_steps=steps, tx=optax.identity())
     evaluate_one = functools.partial(evaluate, sample=env.sample_task, key=key, num_tasks=options.eval_tasks)
     return jax.vmap(lambda params: evaluate_one(learner, State(params, ())))(states.params)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from mamljax.rl.collect import collector
+from mamljax.rl.collect import collect_with
 from mamljax.rl.environment import Environment, Step
 from mamljax.types import Model
 
@@ -32,7 +32,7 @@ def smooth_policy(inputs):
 
 
 MODEL = smooth_policy(1)
-COLLECTOR = collector(MODEL, target_env(), horizon=3, trajectories=10)
+COLLECTOR = collect_with(MODEL, target_env(), horizon=3, trajectories=10)
 
 
 def tasks_from(seed, num_tasks=6):

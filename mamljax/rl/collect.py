@@ -32,7 +32,7 @@ class Collector(NamedTuple):
     collect: Callable[[Array, PyTree, PyTree], Batch]  # (key, params, task) -> fresh trajectories of one task
 
 
-def collector(
+def collect_with(
     policy: Model,
     env: Environment,
     *,

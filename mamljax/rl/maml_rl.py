@@ -48,7 +48,7 @@ def maml_rl(
     initialisation*.
 
     Args:
-        collector: the policy and how it gathers trajectories; from `collect.collector`.
+        collector: the policy and how it gathers trajectories; from `collect.collect_with`.
         rule: the inner step size alpha, or any Optax transformation: `optax.sgd(schedule)` gives each step its own.
         inner_steps: S, adaptation steps in training; 0 for none.
         eval_steps: adaptation steps in evaluation.

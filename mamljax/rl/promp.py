@@ -56,7 +56,7 @@ def promp(
     unbounded. A meta-update takes several steps of `tx` on this loss, the first of them along the meta-gradient of `maml_rl`.
 
     Args:
-        collector: the policy and how it gathers trajectories; from `collect.collector`.
+        collector: the policy and how it gathers trajectories; from `collect.collect_with`.
         rule: the inner step size alpha, or any Optax transformation; 0.1 in the authors' scripts.
         inner_steps: S, adaptation steps in training; 1 or more.
         eval_steps: adaptation steps in evaluation.

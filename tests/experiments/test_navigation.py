@@ -138,7 +138,7 @@ def test_every_method_can_be_built(method):
 
 
 def test_options_of_promp_reach_it(monkeypatch):
-    monkeypatch.setattr(reinforcement, "promp", lambda collect, **settings: settings)
+    monkeypatch.setattr(reinforcement, "promp", lambda collector, **settings: settings)
     flags = ["--promp-steps", "7", "--promp-clip", "0.1", "--promp-kl-weight", "0", "--inner-steps", "2", "--meta-lr", "0.5"]
     flags += ["--multi-step-loss"]
     monkeypatch.setattr(reinforcement.optax, "adam", lambda step_size: step_size)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mamljax.models import gaussian_policy, mlp
-from mamljax.rl.collect import collector
+from mamljax.rl.collect import collect_with
 from mamljax.rl.environment import Environment, Step
 from mamljax.rl.navigation import navigation
 from mamljax.types import Model
@@ -48,7 +48,7 @@ def constant_policy(value):
 @functools.cache
 def compiled(gae_lambda=1.0):
     model, sizes = constant_policy(1.0), {"horizon": HORIZON, "trajectories": TRAJECTORIES}
-    collect = collector(model, counter_env(), discount=0.9, gae_lambda=gae_lambda, **sizes).collect
+    collect = collect_with(model, counter_env(), discount=0.9, gae_lambda=gae_lambda, **sizes).collect
     return jax.jit(collect)
 
 
@@ -77,7 +77,7 @@ def test_every_step_of_every_row_has_a_key_and_noise_of_its_own():
         return counter_env().step(key, *rest)._replace(reward=jax.random.normal(key))
 
     policy = Model(lambda key: jnp.ones(1), lambda params, x: (jnp.zeros((*x.shape[:-1], 2)), jnp.zeros(2)))
-    collect = collector(policy, counter_env(step=step), horizon=HORIZON, trajectories=TRAJECTORIES).collect
+    collect = collect_with(policy, counter_env(step=step), horizon=HORIZON, trajectories=TRAJECTORIES).collect
     data = collect(KEY, jnp.ones(1), counter_env().sample_task(KEY)).trajectories
     assert len(np.unique(data.rewards)) == HORIZON * TRAJECTORIES
     assert len(np.unique(data.actions)) == HORIZON * TRAJECTORIES * 2
@@ -93,7 +93,7 @@ def test_a_state_may_hold_a_random_key():
         return outcome._replace(state=(state[0], outcome.state))
 
     env = counter_env(reset=reset, step=step)
-    collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
+    collect = collect_with(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
     batch = collect(KEY, jnp.ones(1), env.sample_task(KEY))
     np.testing.assert_array_equal(batch.first_returns, batch_of().first_returns)
     assert not batch.trajectories.unstable.any()
@@ -105,7 +105,7 @@ def test_rewards_may_be_integers_or_flags():
         return outcome._replace(reward=outcome.reward > 4)
 
     sizes = {"horizon": HORIZON, "trajectories": TRAJECTORIES}
-    collect = collector(constant_policy(1.0), counter_env(step=step), discount=0.9, gae_lambda=1.0, **sizes).collect
+    collect = collect_with(constant_policy(1.0), counter_env(step=step), discount=0.9, gae_lambda=1.0, **sizes).collect
     task = counter_env().sample_task(KEY)
     np.testing.assert_array_equal(collect(KEY, jnp.ones(1), task).trajectories.rewards, batch_of().trajectories.rewards > 4)
 
@@ -121,7 +121,7 @@ def test_everything_may_be_integers():
         return Step(state, state[None], state, jnp.abs(state) == 3)
 
     env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=1, action_size=2)
-    collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
+    collect = collect_with(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
     batch = collect(KEY, jnp.ones(1), jnp.int32(0))
     np.testing.assert_array_equal(batch.first_returns, 1 + 2 + 3)
     assert not batch.trajectories.unstable.any()
@@ -129,7 +129,7 @@ def test_everything_may_be_integers():
 
 def test_rewards_that_are_never_finite_are_no_return_of_zero():
     env = counter_env(step=broken_step(reward=jnp.float32(jnp.nan)))
-    collect = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
+    collect = collect_with(constant_policy(1.0), env, horizon=HORIZON, trajectories=TRAJECTORIES).collect
     batch = collect(KEY, jnp.ones(1), env.sample_task(KEY))
     assert jnp.isnan(batch.first_returns).all()
     assert jnp.isnan(batch.mean_return)
@@ -199,7 +199,7 @@ def test_to_break_the_simulation_is_not_a_short_trajectory():
         return Step(broken, jnp.zeros(1), jnp.where(broken, jnp.nan, -1.0), jnp.array(False))
 
     env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=1, action_size=2)
-    batch = collector(constant_policy(1.0), env, horizon=HORIZON, trajectories=20).collect(KEY, jnp.ones(1), jnp.int32(0))
+    batch = collect_with(constant_policy(1.0), env, horizon=HORIZON, trajectories=20).collect(KEY, jnp.ones(1), jnp.int32(0))
     assert 0 < batch.trajectories.unstable[0].sum() < 20
     assert batch.mean_return == -HORIZON
     np.testing.assert_array_equal(batch.first_returns, jnp.where(batch.trajectories.unstable[0] > 0, jnp.nan, -HORIZON))
@@ -213,7 +213,7 @@ def test_an_observation_of_reset_that_is_not_finite_is_unstable():
         return Step(state, state, jnp.float32(1), jnp.array(False))
 
     env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=2, action_size=2)
-    batch = collector(constant_policy(1.0), env, horizon=3, trajectories=4).collect(KEY, jnp.ones(1), jnp.int32(0))
+    batch = collect_with(constant_policy(1.0), env, horizon=3, trajectories=4).collect(KEY, jnp.ones(1), jnp.int32(0))
     assert (batch.trajectories.unstable == 1).all()
     assert (batch.trajectories.mask == 0).all()
     assert jnp.isnan(batch.mean_return)
@@ -224,7 +224,7 @@ def test_an_observation_of_reset_that_is_not_finite_is_unstable():
 
 def test_a_baseline_of_as_many_features_as_steps_is_warned_of():
     with pytest.warns(UserWarning, match="the linear baseline fits 8 features to 8 steps"):
-        collector(gaussian_policy(2, 2), navigation(), horizon=4, trajectories=2)
+        collect_with(gaussian_policy(2, 2), navigation(), horizon=4, trajectories=2)
 
 
 def test_a_policy_that_is_not_finite_has_no_return():
@@ -245,7 +245,7 @@ def test_rows_in_which_a_policy_is_finite_keep_their_returns():
 
     env = Environment(lambda key: jnp.int32(0), reset, step, observation_size=1, action_size=1)
     policy = Model(lambda key: jnp.ones(1), lambda params, x: (jnp.where(x > 0.5, jnp.nan, x), jnp.zeros(1)))
-    batch = collector(policy, env, horizon=HORIZON, trajectories=20).collect(KEY, jnp.ones(1), jnp.int32(0))
+    batch = collect_with(policy, env, horizon=HORIZON, trajectories=20).collect(KEY, jnp.ones(1), jnp.int32(0))
     seen = batch.trajectories.observations[0, :, 0]
     assert 0 < seen.sum() < 20
     np.testing.assert_array_equal(batch.first_returns, np.where(seen > 0.5, np.nan, HORIZON))
@@ -296,7 +296,7 @@ def test_advantages_by_numpy(gae_lambda):
 )
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
-        collector(constant_policy(1.0), counter_env(), **{"horizon": 5, "trajectories": 2} | settings)
+        collect_with(constant_policy(1.0), counter_env(), **{"horizon": 5, "trajectories": 2} | settings)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +310,7 @@ def test_bad_settings(settings, message):
 )
 def test_a_policy_that_does_not_fit(model, message):
     with pytest.raises(ValueError, match=message):
-        collector(model, navigation(), horizon=5, trajectories=2)
+        collect_with(model, navigation(), horizon=5, trajectories=2)
 
 
 def broken_step(**changes):
@@ -334,4 +334,4 @@ def broken_step(**changes):
 )
 def test_an_environment_that_does_not_keep_its_word(changes, message):
     with pytest.raises(ValueError, match=message):
-        collector(constant_policy(1.0), counter_env(**changes), horizon=5, trajectories=2)
+        collect_with(constant_policy(1.0), counter_env(**changes), horizon=5, trajectories=2)

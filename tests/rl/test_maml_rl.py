@@ -17,7 +17,7 @@ from mamljax.checkpoint import Checkpoints
 from mamljax.devices import on, place, task_mesh
 from mamljax.gaussian import Gaussian
 from mamljax.inner import adapt
-from mamljax.rl.collect import collector
+from mamljax.rl.collect import collect_with
 from mamljax.rl.maml_rl import (
     action_distribution,
     collect_and_adapt,
@@ -35,7 +35,7 @@ from mamljax.types import MetaLearner
 MAX_KL = 0.02
 SETTINGS = {"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "tx": optax.sgd(0.1)}
 MAML = functools.partial(maml_rl, COLLECTOR, rule=0.3, eval_steps=2)
-ORACLE_COLLECTOR = collector(smooth_policy(2), with_task_observed(target_env()), horizon=3, trajectories=10)
+ORACLE_COLLECTOR = collect_with(smooth_policy(2), with_task_observed(target_env()), horizon=3, trajectories=10)
 ORACLE = functools.partial(maml_rl, ORACLE_COLLECTOR, rule=0.3, inner_steps=0, eval_steps=0)
 LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "maml by trpo": (MAML(inner_steps=1, tx=trpo(MAX_KL, damping=1e-3)), 2),

@@ -14,7 +14,7 @@ from trivial_rl import COLLECTOR, MODEL, target_env, tasks_from
 
 from mamljax import gaussian
 from mamljax.gaussian import Gaussian
-from mamljax.rl.collect import collector
+from mamljax.rl.collect import collect_with
 from mamljax.rl.maml_rl import (
     action_distribution,
     collect_and_adapt,
@@ -27,7 +27,7 @@ from mamljax.rl.promp import clipped_loss, promp
 from mamljax.rl.trpo import trpo
 
 SETTINGS = {"rule": 0.3, "inner_steps": 1, "eval_steps": 2}
-ENDING_EARLY = collector(MODEL, target_env(done=lambda action: action[0] > 0.5), horizon=5, trajectories=10)
+ENDING_EARLY = collect_with(MODEL, target_env(done=lambda action: action[0] > 0.5), horizon=5, trajectories=10)
 
 
 @pytest.mark.parametrize("gather", [COLLECTOR, ENDING_EARLY], ids=["whole", "ending early"])

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from mamljax.rl.collect import collector
+from mamljax.rl.collect import collect_with
 from mamljax.rl.environment import Environment, Step
 from mamljax.rl.maml_rl import maml_rl
 from mamljax.types import Model
@@ -39,7 +39,7 @@ def learner():
 
     policy = Model(lambda key: jnp.zeros(1), apply)
     rule = optax.stateless(lambda gradient, params: jax.tree.map(jnp.ones_like, gradient))
-    gather = collector(policy, breaking_env(), horizon=HORIZON, trajectories=8)
+    gather = collect_with(policy, breaking_env(), horizon=HORIZON, trajectories=8)
     return maml_rl(gather, rule=rule, inner_steps=1, eval_steps=1, tx=optax.sgd(0.0))
 
 
