@@ -131,7 +131,7 @@ def images_in(directory: Path) -> list[Path]:
 def load(files: Sequence[Path], run: RunOptions) -> jax.Array:
     """Read images as the network was trained on them: [n, H, W, C] float32 in [0, 1]."""
     _, size, _, channels = image_shape(run)
-    images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files])
+    images = np.stack([decode(file, size=size, channels=channels, name=file, draft=True) for file in files])
     return jnp.asarray((255 - images if run.dataset == "omniglot" else images).astype(np.float32) / 255)
 
 

@@ -67,8 +67,9 @@ def read_trained(directory: Path, num_classes: int) -> Trained:
     directory = directory.absolute()
     method, lines = directory.name, read_metrics(directory / "metrics.jsonl")
     if method not in get_args(Method) or not (directory / "config.json").exists():
-        trained = sorted(path.parent.name for path in directory.parent.glob("*/config.json"))
-        has = f"There is one of {', '.join(trained)} beside it." if trained else "One is in OUT/checkpoints/METHOD."
+        beside = {path.parent.name for path in directory.parent.glob("*/config.json")} & {*get_args(Method)}
+        trained = ", ".join(sorted(beside)) if directory.parent.name == "checkpoints" else ""
+        has = f"There is one of {trained} beside it." if trained else "One is in OUT/checkpoints/METHOD."
         raise CheckpointError(f"{directory} holds no training run of few_shot.py. {has}")
     options, config = read_options(directory.parent.parent), read_config(directory)
     classes, num_updates = config.get("classes", {}).get("train", []), lines[-1]["update"] if lines else 0

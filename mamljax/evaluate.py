@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from mamljax.checks import check_count, warn_of_constant_tasks
 from mamljax.devices import divide, num_shares
-from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_partial
+from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_partial, closed_over_or_carried
 
 
 def evaluate(
@@ -49,7 +49,7 @@ def evaluate(
     chunk_size = num_tasks if chunk_size is None else chunk_size
     check_count("chunk_size", chunk_size)
 
-    sample, carried = (None, sample) if isinstance(sample, Partial) else (sample, None)
+    sample, carried = closed_over_or_carried(sample)
     return _compile(learner, sample, num_tasks, min(chunk_size, num_tasks))(state, key, carried)
 
 

@@ -37,7 +37,7 @@ class Record:
         if self.directory is None:
             return self
         make_directory(self.directory)
-        with contextlib.ExitStack() as files, self._writing():
+        with contextlib.ExitStack() as files, self._writing(where=""):  # of checkpoints nothing is known yet
             try:
                 files.enter_context(filelock.FileLock(self.directory / "lock").acquire(blocking=False))
             except filelock.Timeout as error:
@@ -73,13 +73,13 @@ class Record:
             self.files.close()
 
     @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _writing(self, where: str | None = None) -> Iterator[None]:
         try:
             yield
         except OSError as error:
+            cause, kept = error.strerror or error, self.where if where is None else where
             raise CheckpointError(
-                f"cannot write to {self.directory}: {error.strerror or error}{self.where}. Make room there, or choose another "
-                "directory."
+                f"cannot write to {self.directory}: {cause}{kept}. Make room there, or choose another directory."
             ) from error
 
     @property

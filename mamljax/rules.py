@@ -51,7 +51,8 @@ def checked_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.G
     Raises:
         ValueError: the step size is not positive and finite; `params` holds other than floating-point leaves; the rule
             needs more than gradients and parameters, or other parameters; its derivative is not finite, in one of its first
-            steps, where entries or whole arrays of the gradient are zero, as dead ReLUs have it (Adam with `eps_root=0`).
+            steps, where entries or whole arrays of the gradient are zero, as dead ReLUs have it (Adam with `eps_root=0`). A
+            gradient that is zero as a whole is not tried.
     """
     check_params(params)
     if _is_number(rule):

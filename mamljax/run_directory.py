@@ -58,8 +58,11 @@ def claim_directory(
 
 
 def _are_equal(value: Any, other: Any) -> bool:
+    def number(text: str) -> int | float:
+        return float(text) if abs(int(text)) < 2**53 else int(text)
+
     def plain(value: Any) -> str:  # in which NaN equals NaN, and 1 is 1.0 but not true
-        return json.dumps(json.loads(json.dumps(value), parse_int=float), sort_keys=True)
+        return json.dumps(json.loads(json.dumps(value), parse_int=number), sort_keys=True)
 
     return plain(value) == plain(other)
 

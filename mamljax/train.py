@@ -108,7 +108,7 @@ def fit(
     validated = validate_fn is not None
     every = [log_every, validate_every] if validated else [log_every]
     length = min(every)  # of a compiled call
-    sample, carried_sample = closed_over_or_carried(sample)
+    sample, carried_sample = (None, sample) if hasattr(sample, "prepare") else closed_over_or_carried(sample)
     sampler_from, sampler_spec = sampler_by_update(carried_sample, key, num_tasks, length, mesh)
     run = update_program(learner, sample, key.shape, num_tasks, length, mesh, sampler_spec)
     validate_fn, carried_validate_fn = closed_over_or_carried(validate_fn)
@@ -148,7 +148,7 @@ def fit(
             if record.is_due(checkpoint_seconds):
                 record.save(done, take_back(snapshot, mesh))
         record.save(done, take_back(snapshot, mesh))
-    if any_host(interrupted.is_set()) and (directory is not None or done < num_updates):  # else nothing would be left of it
+    if any_host(interrupted.is_set()):
         raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where or '; nothing is kept'}")
     snapshot = take_back(snapshot, mesh)
     return Result(snapshot.state, best_program(key.shape)(snapshot), done, record.seconds)

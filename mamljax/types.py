@@ -66,5 +66,6 @@ def closed_over_or_carried(fn: Callable | None) -> tuple[Callable | None, Callab
 
     As an argument, JAX would never let go of a function that closes over data, nor of the data.
     """
-    carries = isinstance(fn, Partial) or hasattr(fn, "prepare")  # see `tasks.host.HostTasks`
-    return (None, fn) if carries else (fn, None)
+    if isinstance(fn, Partial):
+        return None, fn
+    return fn.__call__ if type(fn).__hash__ is None else fn, None  # programs are kept by it, so it must have a hash

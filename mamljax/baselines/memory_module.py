@@ -101,7 +101,7 @@ def by_showing(examples: Examples) -> Examples:
 
 def empty_memory(examples: Examples) -> Memory:
     """A memory with room for examples with x [M, d]."""
-    return Memory(jnp.zeros_like(examples.x), jnp.full_like(examples.y, -1))
+    return Memory(jnp.zeros_like(examples.x), jnp.full_like(examples.y, -1, jnp.int32))
 
 
 def write(memory: Memory, example: Examples) -> Memory:

@@ -19,7 +19,7 @@ TURNS = dict(
 )
 
 
-def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path) -> np.ndarray:
+def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path, draft: bool = False) -> np.ndarray:
     """Decode an image, or the first frame of it, and resize it to a square by a Lanczos filter.
 
     It is turned as its EXIF data say, and lies on white where it is transparent.
@@ -29,6 +29,8 @@ def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path) ->
         size: H and W of the result, whatever the proportions were.
         channels: C, 1 for grey or 3 for red, green and blue.
         name: of the image, for error messages.
+        draft: whether a large JPEG may be decoded at a fraction of its size, four times `size` or more, before it is resized:
+            several times as fast, and different by a grey level or so.
 
     Returns:
         [size, size, channels] uint8.
@@ -46,7 +48,8 @@ def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path) ->
                 raise DataError(
                     f"the image {name} has more than 8 bits a channel. Convert it to 8 bits."
                 )  # Pillow would clip them
-            image.draft(None, (4 * size, 4 * size))  # large JPEGs at a fraction of their size, in a fraction of the time
+            if draft:
+                image.draft(None, (4 * size, 4 * size))
             turn = TURNS.get(_orientation(image))
             upright = image.transpose(Image.Transpose[turn]) if turn else image
             if upright.has_transparency_data:

@@ -21,8 +21,8 @@ def image_folders(data_dir: str | Path, cache_dir: str | Path | None = None, *, 
 
     The directory holds either `train/`, `val/` and `test/` with a folder for each class, which is then named "train/cat", or
     the folders of the classes themselves, "cat". Hidden files and files without the suffix of an image are ignored. Classes
-    are in the order of their names, images in the order of file names; each is resized to a square by a Lanczos filter.
-    Every class takes as much room as the largest.
+    are in the order of their names, images in the order of file names; each is resized to a square by a Lanczos filter,
+    a large JPEG after it was decoded at a fraction of its size. Every class takes as much room as the largest.
 
     Args:
         data_dir: the directory; needed at each call.
@@ -110,14 +110,19 @@ def images_of_class(folder: Path) -> list[Path]:
     """The image files in the folder of a class, in the order of their names.
 
     Raises:
-        DataError: there are none, or there are further folders, of which it is not clear whether they are of that class.
+        DataError: there are none, or there are further folders, of which it is not clear whether they are of that class; or it
+            cannot be read.
     """
-    if inside := sorted(path for path in _visible(folder) if path.is_dir()):
+    try:
+        found = sorted(_visible(folder))
+    except OSError as error:
+        raise DataError(f"cannot read the class folder {folder}: {error.strerror}.") from error
+    if inside := [path for path in found if path.is_dir()]:
         raise DataError(
             f"the class folder {folder} holds the folder {inside[0].name}. Move its images up, or it away; folders of classes "
             "may be divided among train, val and test, all three."
         )
-    images = sorted(path for path in _visible(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
+    images = [path for path in found if path.suffix.lower() in SUFFIXES and path.is_file()]
     if not images:
         raise DataError(f"the class folder {folder} has no images ({' '.join(SUFFIXES)}). Put some into it or delete it.")
     return images
@@ -155,7 +160,7 @@ def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
         )
 
     def read(index: int) -> np.ndarray:
-        images = np.stack([decode(file, size=size, channels=channels, name=file) for file in files[index]])
+        images = np.stack([decode(file, size=size, channels=channels, name=file, draft=True) for file in files[index]])
         for file, image in zip(files[index], images, strict=True) if "/" in names[index] else ():
             part = names[index].split("/")[0]
             other_part, other = seen.setdefault(hashlib.sha256(image).digest(), (part, file))  # by several threads

@@ -32,11 +32,11 @@ class HostTasks:
         """Draw one task, to learn their shapes.
 
         Args:
-            draw: NumPy's random generator -> one task of NumPy arrays, always of the same shapes. What is random in it must
-                come from the generator, so that the same key gives the same task. It is called once at a time.
+            draw: NumPy's random generator -> one task of NumPy arrays, always of the same shapes and kinds of number. What is
+                random in it must come from the generator, so that the same key gives the same task. Called once at a time.
 
         Raises:
-            ValueError: when tasks are drawn, one is of other shapes than the first.
+            ValueError: when tasks are drawn, one is of other shapes than the first, or has fractions where that has none.
         """
         self._draw, self._lock = draw, threading.Lock()
         first = draw(np.random.default_rng(0))
@@ -61,7 +61,10 @@ class HostTasks:
                 raise ValueError(f"all tasks must have the same shapes, got {_shapes_of(task)} after {self._shapes}.")
 
         def stack(of: jax.ShapeDtypeStruct, *leaves: ArrayLike) -> np.ndarray:
-            return np.stack(leaves).astype(of.dtype).reshape((*seeds.shape[:-1], *of.shape))
+            stacked = np.stack(leaves)
+            if not np.can_cast(stacked.dtype, of.dtype, "same_kind"):
+                raise ValueError(f"all tasks must have the same kinds of number, got {stacked.dtype} after {of.dtype}.")
+            return stacked.astype(of.dtype).reshape((*seeds.shape[:-1], *of.shape))
 
         return jax.tree.map(stack, self._types, *tasks)
 

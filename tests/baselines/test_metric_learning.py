@@ -196,6 +196,15 @@ def test_keys_are_constants_to_the_gradient():
     assert moved.any(1).tolist() == [False, False, False, True, True, False]  # the first two do not count, two are near enough
 
 
+def test_labels_may_be_of_any_whole_numbers():
+    learner = memory_module(FEATURES, cross_entropy, **SHARED)
+    tasks, state = tasks_from(1), learner.init(jax.random.key(0))
+    unsigned = jax.tree.map(lambda leaf: leaf.astype(jnp.uint8) if leaf.dtype == jnp.int32 else leaf, tasks)
+    metrics = [learner.update(jax.random.key(0), state, tasks)[1] for tasks in (tasks, unsigned)]
+    jax.tree.map(np.testing.assert_array_equal, *metrics)
+    assert metrics[0]["grad_norm"] > 0
+
+
 def test_the_margin_is_positive():
     with pytest.raises(ValueError, match=r"margin must be positive, got 0\.0"):
         memory_module(FEATURES, cross_entropy, **SHARED, margin=0.0)

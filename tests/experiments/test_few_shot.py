@@ -564,6 +564,8 @@ def test_adapt_names_the_methods_that_a_run_has(finished, images, tmp_path, caps
     support, query = copy(images, tmp_path)
     assert predict(finished, support, query, tmp_path / "p.csv", "--method", "anil") == 2
     assert re.search(r"anil holds no training run of few_shot.py. There is one of .*maml.* beside it", capsys.readouterr().err)
+    with pytest.raises(CheckpointError, match="One is in OUT/checkpoints/METHOD"):
+        read_trained(finished, 3)
 
 
 def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):

@@ -87,6 +87,14 @@ def test_a_task_keeps_its_structure_and_its_integers():
         assert HostTasks(line)(KEY).query.y.dtype == np.float64
 
 
+def test_fractions_after_whole_numbers_are_an_error():
+    """They would be cut to whole ones."""
+    values = iter((1, 2, 0.5))
+    sample = HostTasks(lambda rng: next(values))
+    with pytest.raises(ValueError, match="all tasks must have the same kinds of number, got float64 after int32"):
+        sample.prepare(jax.random.split(KEY, 2))
+
+
 def test_a_task_of_another_shape_is_an_error():
     sizes = iter((3, 3, 4))
     sample = HostTasks(lambda rng: rng.normal(size=next(sizes)))
