@@ -363,9 +363,16 @@ def test_time_limit_saves_and_returns(tmp_path):
     assert again.seconds >= read_metrics(tmp_path / "metrics.jsonl")[-1]["seconds"] > 0
 
 
+@pytest.fixture
+def handler():
+    """That of Ctrl-C, which a job in the background of a script ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.default_int_handler
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_saves_first(tmp_path, number, capfd):
-    handler = signal.getsignal(signal.SIGINT)
+def test_an_interruption_saves_first(tmp_path, number, capfd, handler):
     timer = threading.Timer(2.5, os.kill, (os.getpid(), number))
     timer.start()
     with pytest.raises(KeyboardInterrupt, match=r"stopped after meta-update \d+ of 1000000000; .* keeps the checkpoint of"):
@@ -382,6 +389,7 @@ def signals_at(update):
     return lambda done, line: os.kill(os.getpid(), signal.SIGINT) if done == update else None
 
 
+@pytest.mark.usefixtures("handler")
 def test_an_interruption_without_a_directory_says_that_nothing_is_kept():
     for update in (10, 20):  # the last one too: the program must not go on
         with pytest.raises(KeyboardInterrupt, match=rf"^stopped after meta-update {update} of 20; nothing is kept$"):
