@@ -31,7 +31,7 @@ COMMANDS = {
     "omniglot-5w1s": ("few_shot.py", "--preset", "omniglot-5w1s"),
     "omniglot-20w1s": ("few_shot.py", "--preset", "omniglot-20w1s"),
     "miniimagenet-5w1s": ("few_shot.py", "--preset", "miniimagenet-5w1s"),
-    "navigation": ("navigation.py",),
+    "navigation": ("navigation.py", "--preset", "paper"),
     "half_cheetah_velocity": ("locomotion.py", "--preset", "half_cheetah_velocity"),
 }
 Experiment = Literal["sinusoid", "omniglot-5w1s", "omniglot-20w1s", "miniimagenet-5w1s", "navigation", "half_cheetah_velocity"]

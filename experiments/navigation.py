@@ -38,9 +38,9 @@ class Options(reinforcement.Options):
     """2D navigation."""
 
     preset: Literal["promp", "paper", "multi_step", "quick"] = "paper"
-    """Values for all options below and above: those found best here, MAML by proximal steps (promp); as in the code of the
-    paper's authors (paper, section 5.3); with three adaptation steps in training and a policy that is judged after each
-    (multi_step); or for a first look in about a minute (quick)."""
+    """Values for all options below and above: those found best here, MAML by proximal steps, through two adaptation steps
+    and judged after each (promp); as in the code of the paper's authors (paper, section 5.3); through three, judged after each,
+    by TRPO (multi_step); or for a first look in about a minute (quick)."""
     protocol: Literal["paper", "corrected"] = "paper"
     """The reward of a step: minus the distance to the goal, as in the authors' code, which made the published numbers (paper),
     or minus its square, as the paper's text has it (corrected)."""
@@ -58,6 +58,8 @@ PROMP = Options(
     preset="promp",
     method=("promp", "pretrained", "random", "oracle"),
     steps=200,
+    inner_steps=2,
+    multi_step_loss=True,
     gae_lambda=0.95,
     out=Path("out/navigation"),
 )

@@ -246,7 +246,8 @@ def test_the_learner_gets_the_inner_objective(monkeypatch):
 
 def test_presets_and_help(capsys):
     default = runner.parse(navigation.PRESETS, [])
-    assert (default.method[0], default.inner_steps, default.gae_lambda, default.protocol) == ("promp", 1, 0.95, "paper")
+    assert (default.method[0], default.inner_steps, default.gae_lambda, default.protocol) == ("promp", 2, 0.95, "paper")
+    assert default.multi_step_loss
     multi_step = runner.parse(navigation.PRESETS, ["--preset", "multi_step"])
     assert (multi_step.method[0], multi_step.inner_steps, multi_step.multi_step_loss) == ("maml", 3, True)
     paper = runner.parse(navigation.PRESETS, ["--preset", "paper"])
