@@ -44,10 +44,8 @@ def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path, dr
         raise DataError('reading images needs Pillow: pip install "mamljax[experiments]".') from error
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            if image.mode in ("F", "I") or image.mode.startswith("I;"):
-                raise DataError(
-                    f"the image {name} has more than 8 bits a channel. Convert it to 8 bits."
-                )  # Pillow would clip them
+            if image.mode in ("F", "I") or image.mode.startswith("I;"):  # Pillow would clip them
+                raise DataError(f"the image {name} has more than 8 bits a channel. Convert it to 8 bits.")
             if draft:
                 image.draft(None, (4 * size, 4 * size))
             turn = TURNS.get(_orientation(image))
