@@ -38,7 +38,7 @@ class Checkpoints:
         """
         self.directory, self.writes = Path(directory).absolute(), config is not None
         steps = self.directory / "steps"
-        if self.writes:
+        if config is not None:
             claim_directory(self.directory, config)
             steps.mkdir(exist_ok=True)
             options = {"max_to_keep": 2, "enable_async_checkpointing": False, "cleanup_tmp_directories": True}
@@ -148,7 +148,7 @@ def _flat(tree: PyTree) -> dict[str, np.ndarray]:
 def _filled(tree: PyTree, flat: Mapping[str, np.ndarray]) -> PyTree:
     """A tree with the arrays that `_flat` has made of one like it."""
     leaves, structure = jax.tree.flatten(tree)
-    return structure.unflatten([flat.get(f"{index:06}", leaf) for index, leaf in enumerate(leaves)])
+    return jax.tree.unflatten(structure, [flat.get(f"{index:06}", leaf) for index, leaf in enumerate(leaves)])
 
 
 def _as_jax_arrays(tree: PyTree, like: PyTree) -> PyTree:
@@ -161,7 +161,7 @@ def _as_jax_arrays(tree: PyTree, like: PyTree) -> PyTree:
     def convert(leaf: np.ndarray, like: Any) -> Array:
         if not _is_key(like):
             return jnp.asarray(leaf)
-        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(jnp.empty(like.shape, like.dtype)))
+        return jax.random.wrap_key_data(jnp.asarray(leaf), impl=jax.random.key_impl(jnp.empty(like.shape, like.dtype)))
 
     return jax.tree.map(convert, tree, like)
 

@@ -98,10 +98,11 @@ def check_task(task: Task) -> None:
     if not isinstance(task, Task):
         raise ValueError(f"expected a Task(support, query) from the sampler, got {type(task).__name__}.")
     shapes = {name: jax.tree.map(lambda a: a.shape, examples) for name, examples in task._asdict().items()}
-    if jax.tree.structure(task.support) != jax.tree.structure(task.query):
+    support, query = (jax.tree.structure(examples) for examples in task)
+    if len({support, query}) > 1:
         raise ValueError(
-            f"support and query must have the same structure, got support {jax.tree.structure(task.support)} "
-            f"and query {jax.tree.structure(task.query)}. Build both as Examples(x, y)."
+            f"support and query must have the same structure, got support {support} and query {query}. Build both as "
+            "Examples(x, y)."
         )
     if not isinstance(task.support, Examples):
         raise ValueError(f"support and query must be Examples(x, y), got {type(task.support).__name__}.")

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ WINOGRAD_PIXELS = 16 * 16  # of an image: it takes long to compile, which smalle
 PART_ROWS = 512  # of a product on a GPU, at least
 
 
-def convolution(kernel: Array, size: tuple[int, int], stride: int = 1) -> Callable[[Array], Array]:
+def convolution(kernel: Array, size: Sequence[int], stride: int = 1) -> Callable[[Array], Array]:
     """Build the convolution by a kernel with zero padding ("SAME"), done the way that is fastest.
 
     Args:

@@ -18,8 +18,6 @@ from mamljax.types import PyTree
 
 EVERYWHERE = PartitionSpec()  # a copy on each device
 BY_TASK = PartitionSpec("tasks")  # the leading axis divided among them
-# Otherwise JAX sums gradients in what all devices have alike, the parameters, over the devices: here each has its own.
-PER_DEVICE = {"check_vma": False}
 
 
 def task_mesh(devices: Mesh | int | None = None) -> Mesh:
@@ -44,7 +42,7 @@ def task_mesh(devices: Mesh | int | None = None) -> Mesh:
             )
         hosts = range(jax.process_count())
         chosen = [device for host in hosts for device in [d for d in jax.devices() if d.process_index == host][:number]]
-    return Mesh(np.array(chosen), BY_TASK, axis_types=(AxisType.Auto,))
+    return Mesh(np.array(chosen), ("tasks",), axis_types=(AxisType.Auto,))
 
 
 def num_shares() -> int:
@@ -73,8 +71,7 @@ def divide(
     if num_shares() == 1:
         return fn(common, tasks)
     check_shares(len(jax.tree.leaves(tasks)[0]), num_shares())
-    specs = {"in_specs": (common_spec, BY_TASK), "out_specs": BY_TASK}
-    return jax.shard_map(fn, **specs, **PER_DEVICE)(common, tasks)
+    return _on_each_device(fn, (common_spec, BY_TASK), BY_TASK)(common, tasks)
 
 
 def mean_over_devices(fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, tasks: PyTree) -> PyTree:
@@ -82,8 +79,12 @@ def mean_over_devices(fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, ta
     if num_shares() == 1:
         return fn(common, tasks)
     check_shares(len(jax.tree.leaves(tasks)[0]), num_shares())
-    specs = {"in_specs": (EVERYWHERE, BY_TASK), "out_specs": EVERYWHERE}
-    return jax.shard_map(lambda *args: lax.pmean(fn(*args), "tasks"), **specs, **PER_DEVICE)(common, tasks)
+    return _on_each_device(lambda *args: lax.pmean(fn(*args), "tasks"), (EVERYWHERE, BY_TASK), EVERYWHERE)(common, tasks)
+
+
+def _on_each_device(fn: Callable, in_specs: tuple[PartitionSpec, ...], out_specs: PartitionSpec) -> Callable:
+    # Unless told not to check, JAX sums gradients in what all devices have alike, the parameters: here each has its own.
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def on(mesh: Mesh | None) -> contextlib.AbstractContextManager:

@@ -20,13 +20,13 @@ def finite_means(metrics: Metrics, finite: PyTree, done: int, stop: int, where: 
         stop: meta-updates after these.
         where: what is kept, to end a message with.
     """
-    metrics = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
-    _check_metrics(metrics, done, where)
+    made = {name: np.asarray(values)[..., : stop - done] for name, values in metrics.items()}
+    _check_metrics(made, done, where)
     for path, leaf in jax.tree.leaves_with_path(finite):
         if not np.all(leaf):
             name = "params" + jax.tree_util.keystr(path)
             raise DivergenceError(f"{name} is no longer finite after meta-update {stop}{where}. Lower the outer step size.")
-    return {name: float(values.mean(dtype=np.float64)) for name, values in metrics.items()}
+    return {name: float(values.mean(dtype=np.float64)) for name, values in made.items()}
 
 
 def _check_metrics(metrics: dict[str, np.ndarray], done: int, where: str) -> None:

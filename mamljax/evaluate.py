@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from mamljax.checks import check_count, warn_of_constant_tasks
 from mamljax.devices import divide, num_shares
-from mamljax.types import MetaLearner, Metrics, SampleFn, State, as_partial, closed_over_or_carried
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial, closed_over_or_carried
 
 
 def evaluate(
@@ -55,7 +55,7 @@ def evaluate(
 
 @functools.lru_cache(maxsize=32)  # not static arguments of `jit`, which would keep every learner and sampler there ever was
 def _compile(learner: MetaLearner, sample: SampleFn | None, num_tasks: int, chunk_size: int) -> Callable[..., Metrics]:
-    def run(state: State, key: Array, carried: Partial | None) -> Metrics:
+    def run(state: State, key: Array, carried: PyTree) -> Metrics:
         sampler = carried if sample is None else as_partial(sample)
         return _evaluate(learner, sampler, num_tasks, chunk_size, state, key)
 

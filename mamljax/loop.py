@@ -88,7 +88,8 @@ def sampler_by_update(
 
     Returns it and how the sampler's arrays lie on several devices: where tasks are prepared, each has those of its own.
     """
-    if not hasattr(sample, "prepare"):
+    prepare = getattr(sample, "prepare", None)
+    if prepare is None:
         always = place(sample, mesh)
         return lambda start: always, EVERYWHERE
     devices = np.array(jax.local_devices()[:1]) if mesh is None else mesh.devices
@@ -104,7 +105,7 @@ def sampler_by_update(
 
     def sampler_from(start: int) -> SampleFn:
         with jax.default_device(host()):  # an accelerator would take this in its turn, after the meta-updates that it is at
-            prepared = sample.prepare(task_keys(start))
+            prepared = prepare(task_keys(start))
         return place(prepared, mesh, BY_TASK)
 
     return sampler_from, BY_TASK

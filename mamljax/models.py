@@ -123,7 +123,7 @@ def from_linen(module: linen.Module, x: Array) -> Model:
             "Use layers that keep none: LayerNorm, GroupNorm, or batch statistics computed anew from each batch."
         )
 
-    def apply(params: PyTree, x: Array) -> Array:
+    def apply(params: PyTree, x: Array) -> PyTree:
         try:
             return module.apply({"params": params}, x)
         except InvalidRngError as error:
@@ -158,7 +158,7 @@ def from_nnx(build: "Callable[[nnx.Rngs], nnx.Module]") -> Model:
     if isinstance(build, nnx.Module) or not callable(build):
         wanted = "a function that makes the module, lambda rngs: nnx.Linear(1, 1, rngs=rngs) for example"
         raise ValueError(f"build must be {wanted}, got {type(build).__name__}.")
-    graph, shapes, rest = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
+    graph, shapes, *rest = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
     others = {type(variable).__name__ for variable in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))}
     if others:
         raise ValueError(

@@ -57,7 +57,7 @@ def update_program(
 def validation_programs(validate_fn: Callable | None, seeds: tuple[int, ...], mesh: Mesh | None) -> tuple[Callable, Callable]:
     """(Snapshot, `validate_fn` if it is not given here) -> (Snapshot, error); and the same without a result, to check it."""
 
-    def validate(snapshot: Snapshot, carried: Partial | None) -> tuple[Snapshot, Array]:
+    def validate(snapshot: Snapshot, carried: PyTree) -> tuple[Snapshot, Array]:
         return _validate(snapshot, carried if validate_fn is None else validate_fn)
 
     compiled = jax.jit(vmap_over_seeds(seeds, validate, (0, None)))

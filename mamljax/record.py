@@ -23,7 +23,7 @@ class Record:
         """Describe the record of a run; enter it as a context to use it."""
         self.directory = None if directory is None else Path(directory)
         self.config, self.tensorboard = config, tensorboard
-        self.saved_update = None
+        self.saved_update: int | None = None
         self.saved_at = self.opened_at = time.monotonic()
         self.seconds_before = 0.0
         self.files = contextlib.ExitStack()
@@ -134,7 +134,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 def best_update(directory: Path) -> int | None:
     """After which meta-update the validation error of a run was least; None if there is no finite one."""
     lines = [line for line in read_metrics(directory / "metrics.jsonl") if line.get("validation_error") is not None]
-    return min(lines, key=lambda line: line["validation_error"])["update"] if lines else None
+    return int(min(lines, key=lambda line: line["validation_error"])["update"]) if lines else None
 
 
 def _summary_writer(directory: Path, *, purge_step: int) -> Any:

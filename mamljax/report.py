@@ -61,8 +61,8 @@ def rows_over_steps(
     """
     rows = []
     for step, (value, half_width) in enumerate(zip(mean, ci95, strict=True)):
-        beside = {"published": published[step], "source": source} if step in published else {}
-        rows.append(Row(step=step, mean=float(value), ci95=float(half_width), **fields, **beside))
+        row = Row(step=step, mean=float(value), ci95=float(half_width), **fields)
+        rows.append(row._replace(published=published[step], source=source) if step in published else row)
     return rows
 
 

@@ -108,7 +108,7 @@ def rule_for(model: Model, rule: Rule, *, differentiable: bool) -> optax.Gradien
     return checked_rule(rule, jax.eval_shape(model.init, jax.random.key(0)), differentiable=differentiable)
 
 
-def check_step_size(inner_lr: float) -> None:
+def check_step_size(inner_lr: float | Array) -> None:
     """Raise `ValueError` unless the step size is a positive and finite number, or a traced one."""
     if not (_is_number(inner_lr) and (isinstance(inner_lr, Tracer) or (math.isfinite(inner_lr) and inner_lr > 0))):
         raise ValueError(f"the inner step size must be positive and finite, got {inner_lr}. The paper uses 0.01 to 0.4.")
@@ -126,7 +126,7 @@ def _with_dead_units(ones: PyTree) -> list[PyTree]:
     first_entries = [_with_dead_unit(leaf) for leaf in leaves]
     whole = [[leaf * ((index + parity) % 2) for index, leaf in enumerate(leaves)] for parity in (0, 1)]
     # Not all at once: the norm of a gradient of zero has no derivative, which is no reason to refuse a rule that clips it.
-    return [structure.unflatten(gradient) for gradient in (first_entries, *(whole if len(leaves) > 1 else ()))]
+    return [jax.tree.unflatten(structure, gradient) for gradient in (first_entries, *(whole if len(leaves) > 1 else ()))]
 
 
 def _with_dead_unit(leaf: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ Shape legend, used in every docstring:
     B tasks in a meta-batch, N ways, K shots, Q queries per class, n examples, S inner steps.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -66,6 +66,6 @@ def closed_over_or_carried(fn: Callable | None) -> tuple[Callable | None, Callab
 
     As an argument, JAX would never let go of a function that closes over data, nor of the data.
     """
-    if isinstance(fn, Partial):
+    if fn is None or isinstance(fn, Partial):
         return None, fn
-    return fn.__call__ if type(fn).__hash__ is None else fn, None  # programs are kept by it, so it must have a hash
+    return fn if isinstance(fn, Hashable) else fn.__call__, None  # programs are kept by its hash

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,6 +82,8 @@ def prepared_bank(name: str, source: Callable[[], Source], cache_dir: str | Path
             if bank is None:
                 _make_bank(directory, source())
                 bank = open_bank(directory)
+            if bank is None:
+                raise DataError(f"the image bank {directory} could not be read just after it was made. Start again.")
             return bank
     except OSError as error:
         raise DataError(
@@ -167,7 +169,7 @@ def _read_ahead(source: Source) -> Iterator[np.ndarray]:
     """Read the classes in order, in threads, which hold no more than a few classes at a time."""
     threads = os.cpu_count() or 1
     with ThreadPoolExecutor(threads) as pool:
-        ahead = deque()
+        ahead: deque[Future[np.ndarray]] = deque()
         for index in range(len(source.names)):
             ahead.append(pool.submit(source.read, index))
             if len(ahead) > threads:

@@ -62,8 +62,8 @@ def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path, dr
     return np.asarray(resized).reshape(size, size, channels)
 
 
-def _orientation(image: "Image.Image") -> int | None:
+def _orientation(image: "Image.Image") -> int:
     try:
-        return image.getexif().get(ORIENTATION)
+        return image.getexif().get(ORIENTATION, 1)
     except Exception:  # Pillow raises many kinds of error for EXIF data that are broken, which an image may have and be whole
-        return None
+        return 1  # upright

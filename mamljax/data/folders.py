@@ -148,7 +148,8 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
-    names, files, seen = list(classes), list(classes.values()), {}
+    names, files = list(classes), list(classes.values())
+    seen: dict[bytes, tuple[str, Path]] = {}  # part and file, by checksum
     counts = tuple(map(len, files))
     room = len(counts) * max(counts) * size * size * channels
     if room > 1e9 and len(counts) * max(counts) > 4 * sum(counts):

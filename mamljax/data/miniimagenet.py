@@ -68,7 +68,7 @@ def read_lists(data_dir: Path) -> dict[str, list[Path]]:
 
 def _read_csv(path: Path, split: str) -> dict[str, set[str]]:
     """The file names of each class of a split, by its id."""
-    classes = {}
+    classes: dict[str, set[str]] = {}
     try:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):

@@ -75,7 +75,7 @@ def split_omniglot(names: tuple[str, ...], split: Split = "seeded", *, seed: int
     if split == "seeded":
         order = np.random.default_rng(seed).permutation(len(names))
         return {"train": order[:1100], "val": order[1100:1200], "test": order[1200:]}
-    parts = {"train": [], "val": [], "test": []}
+    parts: dict[str, list[int]] = {"train": [], "val": [], "test": []}
     for index, name in enumerate(names):
         alphabet = name.split("/")[0]
         late = alphabet == "Gurmukhi" and name > LAST_GURMUKHI_FOR_TRAINING
@@ -85,7 +85,7 @@ def split_omniglot(names: tuple[str, ...], split: Split = "seeded", *, seed: int
 
 
 def _from_archives(data_dir: Path) -> Source:
-    contents = {}
+    contents: Contents = {}
     for archive, expected in CHARACTERS.items():
         characters = _read_archive(data_dir / f"{archive}.zip")
         _check_counts(characters, expected, str(data_dir / f"{archive}.zip"))
@@ -96,7 +96,7 @@ def _from_archives(data_dir: Path) -> Source:
 def _read_archive(path: Path) -> Contents:
     try:
         with zipfile.ZipFile(path) as archive:
-            characters = {}
+            characters: Contents = {}
             for name in sorted(archive.namelist()):
                 parts = name.split("/")
                 if name.endswith(".png") and len(parts) == 4:  # images_background/Alphabet/characterNN/NNNN_DD.png
@@ -136,7 +136,7 @@ def _from_tfds() -> Source:
     otherwise = f"Put {WANTED} ({URL}) into a directory and pass it with --data-dir."
     builder = prepared_builder(create, name="Omniglot", otherwise=otherwise)
     alphabets = builder.info.features["alphabet"].names
-    contents = {}
+    contents: Contents = {}
     for split, expected in zip(("train", "test"), CHARACTERS.values(), strict=True):
         characters = _in_archive_order(read_examples(builder, split), split, alphabets)
         if characters is None:
@@ -167,7 +167,7 @@ def _in_archive_order(examples: Iterable[Mapping[str, Any]], split: str, alphabe
     stored.sort()
     if [character for *_, character in stored] != found:
         return None
-    contents = {}
+    contents: Contents = {}
     for (_, key, (alphabet, number, _)), png in sorted(zip(stored, pngs, strict=True), key=lambda pair: pair[0][1]):
         contents.setdefault(f"{alphabet}/character{number + 1:02d}", {})[key] = png
     return contents

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from mamljax.checks import check_count
 from mamljax.rl.robots import import_mujoco
@@ -71,7 +72,8 @@ class _Stepper:
         self.splits = (model.nq, model.nq + model.nv)
         self.batch_of = functools.lru_cache(KEPT_BATCHES)(functools.partial(self._batch, model, threads))
         self.lock = threading.Lock()  # compiled programs may run at the same time
-        self.shapes = self._shapes(model, mujoco.MjData(model))
+        first = self.start(model.qpos0, np.zeros(model.nv))
+        self.shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), first)
 
     def _batch(self, model: Any, threads: int, count: int) -> Any:
         batch = import_mujoco().batch.Batch(model, count, threads)
@@ -79,7 +81,7 @@ class _Stepper:
             batch.bind(MEASURES[name].field)  # it is zero until the next call
         return batch
 
-    def start(self, position: Array, velocity: Array) -> Simulation:
+    def start(self, position: ArrayLike, velocity: ArrayLike) -> Simulation:
         position, velocity = np.asarray(position, np.float64), np.asarray(velocity, np.float64)
         rows = np.concatenate([position, velocity, np.zeros_like(velocity)], axis=-1)
         return self._run(rows, None)
@@ -108,7 +110,7 @@ class _Stepper:
             simulation = self._read(batch, unchanged & (batch.time >= LATE))
         return jax.tree.map(lambda leaf: leaf.reshape((*leading, *leaf.shape[1:])), simulation)
 
-    def _read(self, batch: Any, stable: np.ndarray) -> Simulation:
+    def _read(self, batch: Any, stable: Any) -> Simulation:
         measures = {name: MEASURES[name] for name in self.measures}
         resume = np.concatenate([batch.qpos, batch.qvel, batch.qacc_warmstart], axis=1)
         return Simulation(
@@ -119,16 +121,6 @@ class _Stepper:
             resume=resume.view(np.uint32).reshape(*resume.shape, 2),
         )
 
-    def _shapes(self, model: Any, data: Any) -> Simulation:
-        values = {name: getattr(data, MEASURES[name].field)[MEASURES[name].bodies] for name in self.measures}
-        return Simulation(
-            position=jax.ShapeDtypeStruct((model.nq,), np.float32),
-            velocity=jax.ShapeDtypeStruct((model.nv,), np.float32),
-            measured={name: jax.ShapeDtypeStruct(value.shape, np.float32) for name, value in values.items()},
-            stable=jax.ShapeDtypeStruct((), np.bool_),
-            resume=jax.ShapeDtypeStruct((model.nq + 2 * model.nv, 2), np.uint32),
-        )
-
 
 def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

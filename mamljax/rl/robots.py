@@ -39,15 +39,16 @@ def load_robot(
 
     Raises:
         ImportError: MuJoCo or Gymnasium is missing; the message says which extra has them.
+        ValueError: the file has no such element to edit.
     """
     mujoco = import_mujoco()
     robot = ElementTree.fromstring((_assets() / f"{name}.xml").read_text())
     # MuJoCo has deprecated this attribute: it warns, also into a log file, and will refuse it in time.
-    total_mass = robot.find("compiler").attrib.pop("settotalmass", None)
+    total_mass = _element(robot, "compiler").attrib.pop("settotalmass", None)
     if timestep is not None:
-        robot.find("option").set("timestep", str(timestep))
+        _element(robot, "option").set("timestep", str(timestep))
     for path, attribute, value in edits:
-        robot.find(path).set(attribute, value)
+        _element(robot, path).set(attribute, value)
     sensors = ElementTree.SubElement(robot, "sensor")
     for tag, attributes in filter(None, (MEASURES[name].sensor for name in measures)):
         ElementTree.SubElement(sensors, tag, attributes)
@@ -64,8 +65,15 @@ def first_position(model: Any) -> np.ndarray:
     return model.numeric("init_qpos").data.copy() if "init_qpos" in names else model.qpos0.copy()
 
 
+def _element(robot: ElementTree.Element, path: str) -> ElementTree.Element:
+    element = robot.find(path)
+    if element is None:
+        raise ValueError(f"the robot's file has no element {path!r} to change.")
+    return element
+
+
 def _assets() -> Path:
     gymnasium = importlib.util.find_spec("gymnasium")  # importing its environments would need a renderer's packages
-    if gymnasium is None:
+    if gymnasium is None or gymnasium.origin is None:
         raise ImportError('the robots are models of Gymnasium: pip install "mamljax[rl]"')
     return Path(gymnasium.origin).parent / "envs" / "mujoco" / "assets"

@@ -81,9 +81,9 @@ def rollout(
     seen = lax.scan(step, (*first, nothing, nothing), (noise, keys))[1]
     # A running maximum from behind: 1 up to the last end of each row. What comes later is of a trajectory that was cut off.
     mask = seen.mask & lax.cummax(seen.ends.astype(int), axis=0, reverse=True).astype(bool)
-    flags = {"mask": mask, "ends": seen.ends, "time": seen.time, "unstable": seen.unstable}
-    numbers = {name: value.astype(seen.actions.dtype) for name, value in flags.items()}
-    return seen._replace(rewards=jnp.where(mask, seen.rewards, 0), **numbers)
+    flags = (mask, seen.ends, seen.time, seen.unstable)
+    mask, ends, time, unstable = (flag.astype(seen.actions.dtype) for flag in flags)
+    return seen._replace(rewards=mask * seen.rewards, mask=mask, ends=ends, time=time, unstable=unstable)
 
 
 def _finite(tree: PyTree) -> Array:

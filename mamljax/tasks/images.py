@@ -1,6 +1,7 @@
 """Few-shot classification: episodes of N classes and K images of each, drawn from a bank of images."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +128,9 @@ def labelled(images: ArrayLike, *, batch_size: int, rotations: bool = False, cou
 
 def _on_device(images: ArrayLike) -> Array:
     """Images in device memory. A CPU keeps using the array it is given, a memory map for example, unless it may change."""
-    writeable = isinstance(images, np.ndarray) and images.flags.writeable
-    return jax.device_put(images.copy() if writeable else images)
+    if isinstance(images, np.ndarray) and images.flags.writeable:
+        images = images.copy()
+    return jax.device_put(images)
 
 
 def _draw_labelled(images: Array, counts: Array, key: Array, *, batch_size: int, rotations: bool) -> Task:
@@ -157,7 +159,7 @@ def _checked_episodes(
     return counts
 
 
-def _checked_counts(images: ArrayLike, counts: ArrayLike | None, *, rotations: bool) -> np.ndarray:
+def _checked_counts(images: Any, counts: ArrayLike | None, *, rotations: bool) -> np.ndarray:
     """Check the images and how many there are of each class: [classes]."""
     images = images if hasattr(images, "dtype") else np.asarray(images)
     shape = images.shape
@@ -243,7 +245,7 @@ def inductive(sample: SampleFn) -> SampleFn:
 class _InductiveHostEpisodes:
     """Those of `HostEpisodes`, which `fit` reads ahead likewise."""
 
-    def __init__(self, sample: HostEpisodes) -> None:
+    def __init__(self, sample: Any) -> None:
         self.sample = sample
 
     def __call__(self, key: Array) -> Task:
