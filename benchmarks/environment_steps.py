@@ -42,7 +42,7 @@ class Options:
     repeats: int = 5
     """Measurements, of which the median counts; all take turns."""
     out: Path = Path("out/environment_steps")
-    """Directory for results.json and report.md."""
+    """Directory for results.json, report.md and the figure."""
 
 
 def rollouts(environment: Environment, *, num_tasks: int, trajectories: int, horizon: int) -> Callable[[], Array]:

@@ -36,7 +36,7 @@ class Options:
     repeats: int = 11
     """Measurements, of which the median counts; all take turns."""
     out: Path = Path("out/overhead")
-    """Directory for results.json and report.md."""
+    """Directory for results.json, report.md and the figure."""
 
 
 def by_hand(params: PyTree, updates: int) -> Callable[[], Array]:

@@ -2,7 +2,7 @@
 
 `python benchmarks/scaling.py` trains the Omniglot network on random images with the tasks of a meta-batch divided among
 devices, and reports the time of a meta-update, the collective operations in the compiled program, and how far the parameters
-are from those of one device. On a CPU the devices are simulated: there no more than its cores can bring anything.
+are from those of one device. On a CPU the devices are simulated.
 
 Programs for other numbers of devices round differently, and training enlarges that, probably by ReLUs whose input is zero but
 for rounding. So `--dtype float64` is what shows after many meta-updates that nothing else differs.
@@ -63,7 +63,7 @@ class Options:
     timeout_seconds: int = 600
     """How long to wait for the processes."""
     out: Path = Path("out/scaling")
-    """Directory for results.json and report.md."""
+    """Directory for results.json, report.md and the figure."""
 
 
 class Training(NamedTuple):

@@ -36,7 +36,7 @@ ENTRIES = (
     Entry("Omniglot 5-way 1-shot, neural statistician, %", "omniglot-5w1s_neural_statistician", 0, "neural_statistician"),
     Entry("Omniglot 5-way 1-shot, context alone, %", "omniglot-5w1s_context", 3, "context"),
     Entry("Omniglot 5-way 5-shot, %", "omniglot-5w5s", 3),
-    Entry("Omniglot 5-way 5-shot, with that 1-shot network, %", "omniglot-5w5s_from_1s", 3),
+    Entry("Omniglot 5-way 5-shot, with the 1-shot network begun with the 20-way one, %", "omniglot-5w5s_from_1s", 3),
     Entry("Omniglot 20-way 1-shot, %", "omniglot-20w1s", 5),
     Entry("Omniglot 20-way 1-shot, prototypical networks, %", "omniglot-20w1s_prototypical", 0, "prototypical"),
     Entry("Omniglot 20-way 5-shot, %", "omniglot-20w5s", 5),

@@ -51,7 +51,7 @@ class Options(reinforcement.Options):
     eval_steps: int = 4
     """Adaptation steps at test."""
     eval_trajectories: int = 40
-    """Trajectories before and after each adaptation step at test; 40 in the authors' code, whose text has 20."""
+    """Trajectories before and after each adaptation step at test; 20 in the paper."""
 
 
 PROMP = Options(

@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mamljax.checks import check_count
+from mamljax.distributions import Categorical
 from mamljax.types import Model, PyTree
 
 if TYPE_CHECKING:
@@ -35,13 +36,7 @@ class MLP(linen.Module):
         return linen.Dense(self.outputs, kernel_init=self.kernel_init)(x)
 
 
-def mlp(
-    inputs: int,
-    hidden_sizes: Sequence[int],
-    outputs: int,
-    *,
-    kernel_init: Callable = MLP.kernel_init,
-) -> Model:
+def mlp(inputs: int, hidden_sizes: Sequence[int], outputs: int, *, kernel_init: Callable = MLP.kernel_init) -> Model:
     """Build a fully connected ReLU network, [n, inputs] -> [n, outputs]; biases begin with 0.
 
     Args:
@@ -98,6 +93,24 @@ def gaussian_policy(observation_size: int, action_size: int, *, hidden_sizes: Se
     for name, size in (*sizes, *(("every hidden size", size) for size in hidden_sizes)):
         check_count(name, size)
     return from_linen(GaussianPolicy(tuple(hidden_sizes), action_size), jnp.zeros((1, observation_size)))
+
+
+def categorical_policy(observation_size: int, num_actions: int, *, hidden_sizes: Sequence[int] = (100, 100)) -> Model:
+    """Build a policy of discrete actions: the network of `gaussian_policy`, whose outputs are the logits of n choices.
+
+    Args:
+        observation_size: o, dimensions of an observation.
+        num_actions: n, the `action_size` of the environment.
+        hidden_sizes: units of each hidden layer.
+
+    Returns:
+        A model whose `apply` gives a `Categorical` with logits [..., n].
+
+    Raises:
+        ValueError: a size below 1.
+    """
+    network = mlp(observation_size, hidden_sizes, num_actions, kernel_init=linen.initializers.glorot_uniform())
+    return Model(network.init, lambda params, observations: Categorical(network.apply(params, observations)))
 
 
 def from_linen(module: linen.Module, x: Array) -> Model:

@@ -34,7 +34,7 @@ class Model(NamedTuple):
     """A network as two pure functions; `models.py` makes one from any Flax module."""
 
     init: Callable[[Array], PyTree]  # key -> params
-    apply: Callable[[PyTree, Array], Array]  # (params, x [n, ...]) -> outputs [n, ...]
+    apply: Callable[[PyTree, Array], PyTree]  # (params, x [n, ...]) -> outputs [n, ...]
 
 
 class State(NamedTuple):

@@ -18,7 +18,7 @@ ALLOWED = {
     "checks": {"types"},
     "losses": {"types"},
     "data": FOUNDATION,
-    "models": {"types", "checks"},
+    "models": {"types", "checks", "distributions"},
     "convolution": {"types"},
     "image_models": {"types", "convolution"},
     "mixed": {"types"},
@@ -42,9 +42,9 @@ ALLOWED = {
     "maml": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
     "maml_plus_plus": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "reptile": FOUNDATION | {"inner", "rules", "outer", "maml"},
-    "gaussian": set(),
-    "baselines": FOUNDATION | {"gaussian", "losses", "models", "inner", "rules", "outer", "maml"},
-    "rl": FOUNDATION | {"gaussian", "models", "inner", "rules", "outer", "devices"},
+    "distributions": set(),
+    "baselines": FOUNDATION | {"distributions", "losses", "models", "inner", "rules", "outer", "maml"},
+    "rl": FOUNDATION | {"distributions", "models", "inner", "rules", "outer", "devices"},
 }
 
 

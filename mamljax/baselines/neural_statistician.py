@@ -11,7 +11,7 @@ from jax import Array
 
 from mamljax.baselines.metric_learning import evaluation, features_of
 from mamljax.checks import check_count, check_counts, check_task
-from mamljax.gaussian import Gaussian, from_noise, kl_divergence
+from mamljax.distributions import Gaussian
 from mamljax.models import feature_size, mlp
 from mamljax.outer import meta_learner
 from mamljax.types import LossFn, MetaLearner, Model, PyTree, Task
@@ -106,7 +106,7 @@ def neural_statistician(
         classes = contexts(network, support, jax.nn.one_hot(task.support.y, ways, axis=0))
         queries = contexts(network, query, jnp.eye(len(query)))
         one_by_one = jax.tree.map(lambda leaf: leaf[:, None], queries)
-        return -kl_divergence(classes, one_by_one)
+        return -classes.kl_divergence(one_by_one)
 
     evaluate = evaluation(compare, loss_fn, metric_fns)
     return meta_learner(init, task_loss, evaluate, tx=tx, gather=draw_noise, chunk_size=chunk_size)
@@ -116,13 +116,13 @@ def negative_bound(network: Networks, images: Array, members: Array, noise: Nois
     """The negative evidence lower bound, in nats per example, of images [n, ...] whose classes [n, N] are 1."""
     vectors = network["features"](images)
     posterior = contexts(network, vectors, members.T)
-    context = members @ from_noise(noise.context, posterior)  # [n, c], that of the class of each
+    context = members @ posterior.from_noise(noise.context)  # [n, c], that of the class of each
     of_latent = _normal(network["latent"](jnp.concatenate([vectors, context], axis=1)))
-    latent = from_noise(noise.latent, of_latent)
+    latent = of_latent.from_noise(noise.latent)
     logits = network["pixels"](jnp.concatenate([latent, context], axis=1))
     errors = optax.losses.sigmoid_binary_cross_entropy(logits, images.reshape(len(images), -1)).sum(1)
-    of_example = errors + kl_divergence(of_latent, _normal(network["prior"](context)))
-    of_class = kl_divergence(posterior, Gaussian(*jnp.zeros((2, *noise.context.shape))))
+    of_example = errors + of_latent.kl_divergence(_normal(network["prior"](context)))
+    of_class = posterior.kl_divergence(Gaussian(*jnp.zeros((2, *noise.context.shape))))
     return (members.sum(1) @ of_example + of_class.sum()) / members.sum()
 
 

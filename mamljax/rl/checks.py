@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from mamljax.checks import check_count
+from mamljax.distributions import Categorical
 from mamljax.rl.environment import Environment, Step
 from mamljax.types import Model
 
@@ -15,7 +16,8 @@ def check_environment(env: Environment) -> None:
     key = jax.eval_shape(jax.random.key, 0)
     task = jax.eval_shape(env.sample_task, key)
     state, observation = jax.eval_shape(env.reset, key, task)
-    action = jax.ShapeDtypeStruct((env.action_size,), jnp.float32)
+    discrete = jax.ShapeDtypeStruct((), jnp.int32)
+    action = discrete if env.discrete_actions else jax.ShapeDtypeStruct((env.action_size,), jnp.float32)
     outcome = jax.eval_shape(env.step, key, state, action, task)
     if not isinstance(outcome, Step):
         raise ValueError(f"step must return Step(state, observation, reward, done), got {type(outcome).__name__}.")
@@ -40,7 +42,7 @@ def check_environment(env: Environment) -> None:
 
 
 def check_policy(model: Model, env: Environment) -> None:
-    """Raise `ValueError` unless a model is a policy for an environment: observations in, mean and log-std of actions out."""
+    """Raise `ValueError` unless a model is a policy for an environment: observations in, a distribution of actions out."""
     params = jax.eval_shape(model.init, jax.random.key(0))
     observations = jax.ShapeDtypeStruct((1, env.observation_size), jnp.float32)
     expected = f"observations of size {env.observation_size} and actions of size {env.action_size}"
@@ -48,8 +50,20 @@ def check_policy(model: Model, env: Environment) -> None:
         outputs = jax.eval_shape(model.apply, params, observations)
     except Exception as error:  # each library of networks has its own
         raise ValueError(f"the policy does not fit the environment, with {expected}: {error}") from error
+    if env.discrete_actions:
+        if not isinstance(outputs, Categorical):
+            raise ValueError("the policy of discrete actions must return Categorical(logits), as categorical_policy(...) does.")
+        if outputs.logits.shape != (1, env.action_size):
+            raise ValueError(
+                f"the policy does not fit the environment, with {expected}: for one observation it gives logits of shape "
+                f"{outputs.logits.shape}."
+            )
+        return
     if not (isinstance(outputs, tuple) and len(outputs) == 2):
-        raise ValueError("a policy must return the mean and the log-std of actions, such as gaussian_policy(...) does.")
+        raise ValueError(
+            "a policy must return the mean and the log-std of actions, such as gaussian_policy(...) does. Where actions are a "
+            "choice, say so in the environment: discrete_actions=True."
+        )
     mean, log_std = outputs
     if mean.shape != (1, env.action_size) or log_std.shape not in (mean.shape, mean.shape[1:]):
         raise ValueError(

@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -47,7 +48,8 @@ def collect_with(
     must have many more steps than the baseline has features, 2 o + 4, or little but noise is left of them.
 
     Args:
-        policy: (params, observations [..., o]) -> mean [..., a] and log-std, [..., a] or [a], of its actions.
+        policy: (params, observations [..., o]) -> mean [..., a] and log-std, [..., a] or [a], of its actions; for discrete ones
+            `distributions.Categorical` logits [..., a].
         env: the environment.
         horizon: T, steps after which a trajectory ends in any case.
         trajectories: E, rows of T steps in each batch, of one trajectory after the other where they end early; 20 in the paper,
@@ -85,7 +87,7 @@ def collect_with(
         advantages = generalised_advantages(data.rewards, values, data.ends, discount=discount, gae_lambda=gae_lambda)
         # A trajectory that broke the simulation, or whose policy is no longer finite, must not count as a short one: where
         # rewards are costs, it would have the best return of all.
-        acted = jnp.isfinite(data.actions).all(axis=(0, 2))
+        acted = jnp.stack([_finite_rows(leaf) for leaf in jax.tree.leaves((data.actions, data.policy))]).all(axis=0)
         stable = acted & ~jnp.any(data.unstable * data.first, axis=0)
         first_returns = jnp.where(stable, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
         broken = discounted_sums(data.unstable, data.ends, 1.0)  # 1 in all steps of an unstable trajectory
@@ -94,3 +96,8 @@ def collect_with(
         return Batch(data, *standardise(advantages, data.mask), first_returns, mean_return)
 
     return Collector(policy, collect)
+
+
+def _finite_rows(values: Array) -> Array:
+    """Whether all numbers of each row are finite: [T, E, ...] -> [E] bool."""
+    return jnp.isfinite(values).all(axis=(0, *range(2, values.ndim)))

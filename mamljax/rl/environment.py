@@ -30,3 +30,4 @@ class Environment(NamedTuple):
     step: Callable[[Array, PyTree, Array, PyTree], Step]  # (key, state, action [a], task) -> what comes of it
     observation_size: int
     action_size: int
+    discrete_actions: bool = False  # an action is then [] int32, a choice from 0 to `action_size` - 1

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax import gaussian
 from mamljax.checks import check_choice, check_count, check_optimiser
 from mamljax.devices import divide
-from mamljax.gaussian import Gaussian
+from mamljax.distributions import Distribution
 from mamljax.inner import adapt
 from mamljax.rl.advantages import masked_mean
 from mamljax.rl.collect import Batch, Collector
+from mamljax.rl.rollout import distribution_of
 from mamljax.rl.trpo import TrustRegionState
 from mamljax.rules import Rule, rule_for
 from mamljax.types import MetaLearner, Metrics, Model, PyTree, State
@@ -124,21 +124,21 @@ def maml_rl(
     return MetaLearner(init, update, evaluate)
 
 
-def _outer_arguments(policies_of: Callable[[PyTree], Gaussian], batches: Batch, params: PyTree) -> dict[str, PyTree]:
+def _outer_arguments(policies_of: Callable[[PyTree], Distribution], batches: Batch, params: PyTree) -> dict[str, PyTree]:
     """What the outer optimiser is given, by name: the surrogate at `params`, its gradient, and what `trpo` asks for.
 
     The gradient and all products of the Hessian are of one linearisation, of what the policies do as a function of `params`.
 
     Args:
-        policies_of: params -> what the adapted policies do in all states of `batches`, both leaves [B, J, T, E, a].
+        policies_of: params -> what the adapted policies do in all states of `batches`, every leaf [B, J, T, E, ...].
         batches: those of the outer loss, from `outer_batches`, [B, J, ...].
         params: the meta-parameters.
     """
 
-    def loss_of(policies: Gaussian) -> Array:
+    def loss_of(policies: Distribution) -> Array:
         return jax.vmap(jax.vmap(surrogate_loss))(batches, policies).mean()
 
-    def kl_of(policies: Gaussian) -> Array:
+    def kl_of(policies: Distribution) -> Array:
         return jax.vmap(jax.vmap(mean_kl))(batches, policies).mean()
 
     def value_and_kl_fn(params: PyTree) -> tuple[Array, Array]:
@@ -171,8 +171,8 @@ def _adapted_policies(
     differentiation: OuterDifferentiation,
     params: PyTree,
     batches: Batch,
-) -> Gaussian:
-    """What the policies do that are judged, each in the states of its own batch, both leaves [J, T, E, a]."""
+) -> Distribution:
+    """What the policies do that are judged, each in the states of its own batch, every leaf [J, T, E, ...]."""
     before = jax.tree.map(lambda leaf: leaf[:-1], batches)
     _, path = adapt(inner_loss, params, before, rule, differentiation=differentiation)
     adapted, after = jax.tree.map(lambda leaf: leaf[first_step:], (path, batches))
@@ -232,7 +232,7 @@ def collect_and_adapt(
 
 def reinforce_loss(model: Model, params: PyTree, batch: Batch) -> Array:
     r"""The loss whose gradient is that of REINFORCE: $-\frac1n \sum_t A_t \log \pi_\theta(a_t | s_t)$, []."""
-    log_prob = gaussian.log_prob(batch.trajectories.actions, action_distribution(model, params, batch))
+    log_prob = action_distribution(model, params, batch).log_prob(batch.trajectories.actions)
     return -masked_mean(log_prob * batch.advantages, batch.trajectories.mask)
 
 
@@ -241,33 +241,33 @@ def likelihood_ratio_loss(model: Model, params: PyTree, batch: Batch) -> Array:
     return surrogate_loss(batch, action_distribution(model, params, batch))
 
 
-def surrogate_loss(batch: Batch, policy: Gaussian) -> Array:
+def surrogate_loss(batch: Batch, policy: Distribution) -> Array:
     r"""The loss $-\frac1n \sum_t A_t \pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ of a policy in the states of a batch, []."""
     return -masked_mean(likelihood_ratio(batch, policy) * batch.advantages, batch.trajectories.mask)
 
 
-def likelihood_ratio(batch: Batch, policy: Gaussian) -> Array:
+def likelihood_ratio(batch: Batch, policy: Distribution) -> Array:
     r"""The ratio $\pi(a_t | s_t) / \pi_{old}(a_t | s_t)$ for the actions of a batch, [T, E].
 
     It is clipped at $e^{20}$ with no gradient beyond, so that a factor of zero cannot make it NaN.
     """
     acted = batch.trajectories
-    log_ratio = gaussian.log_prob(acted.actions, policy) - gaussian.log_prob(acted.actions, acted.policy)
+    log_ratio = policy.log_prob(acted.actions) - acted.policy.log_prob(acted.actions)
     return jnp.exp(jnp.minimum(log_ratio, 20.0))
 
 
-def mean_kl(batch: Batch, policy: Gaussian) -> Array:
+def mean_kl(batch: Batch, policy: Distribution) -> Array:
     """The mean Kullback-Leibler divergence from the policy that acted to this one, over the states of a batch, in nats: []."""
     acted = batch.trajectories
-    return masked_mean(gaussian.kl_divergence(acted.policy, policy), acted.mask)
+    return masked_mean(acted.policy.kl_divergence(policy), acted.mask)  # type: ignore[arg-type]  # both are of one kind
 
 
-def action_distribution(model: Model, params: PyTree, batch: Batch) -> Gaussian:
-    """What a policy would do in all states of a batch, both leaves [T, E, a]."""
-    observations, like = batch.trajectories.observations, batch.trajectories.actions
+def action_distribution(model: Model, params: PyTree, batch: Batch) -> Distribution:
+    """What a policy would do in all states of a batch, every leaf [T, E, ...]."""
+    observations = batch.trajectories.observations
     # One axis of states: gradients of products that sum over two are slow on a CPU.
-    mean, log_std = model.apply(params, observations.reshape(-1, observations.shape[-1]))
-    return Gaussian(mean.reshape(like.shape), jnp.broadcast_to(log_std, mean.shape).reshape(like.shape))
+    flat = distribution_of(model, params, observations.reshape(-1, observations.shape[-1]))
+    return jax.tree.map(lambda leaf: leaf.reshape(*observations.shape[:-1], *leaf.shape[1:]), flat)
 
 
 def _unstable(batches: Batch) -> Array:

@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from mamljax.checks import check_count
 from mamljax.devices import divide
-from mamljax.gaussian import Gaussian
+from mamljax.distributions import Distribution
 from mamljax.inner import adapt
 from mamljax.outer import meta_learner
 from mamljax.rl.advantages import masked_mean
@@ -124,14 +124,14 @@ def _has_trpo(opt: PyTree) -> bool:
     return any(map(is_trpo, jax.tree.leaves(opt, is_leaf=is_trpo)))
 
 
-def _policies_on_path(model: Model, rule: optax.GradientTransformation, params: PyTree, batches: Batch) -> Gaussian:
-    """What the policies before and after each step do in the states of their batches, both leaves [S + 1, T, E, a]."""
+def _policies_on_path(model: Model, rule: optax.GradientTransformation, params: PyTree, batches: Batch) -> Distribution:
+    """What the policies before and after each step do in the states of their batches, every leaf [S + 1, T, E, ...]."""
     before = jax.tree.map(lambda leaf: leaf[:-1], batches)
     _, path = adapt(partial(likelihood_ratio_loss, model), params, before, rule)
     return jax.vmap(partial(action_distribution, model))(path, batches)
 
 
-def clipped_loss(batch: Batch, policy: Gaussian, clip: float) -> Array:
+def clipped_loss(batch: Batch, policy: Distribution, clip: float) -> Array:
     """`maml_rl.surrogate_loss`, with nothing to gain from ratios beyond 1 + `clip` or 1 - `clip` (arXiv 1707.06347), []."""
     ratio = likelihood_ratio(batch, policy)
     gain = jnp.minimum(ratio * batch.advantages, jnp.clip(ratio, 1 - clip, 1 + clip) * batch.advantages)

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mamljax import gaussian
-from mamljax.gaussian import Gaussian
+from mamljax.distributions import Categorical, Distribution, Gaussian
 from mamljax.rl.environment import Environment
 from mamljax.types import Model, PyTree
 
@@ -19,12 +18,12 @@ class Trajectories(NamedTuple):
     """
 
     observations: Array  # [T, E, o] before each action
-    actions: Array  # [T, E, a]
+    actions: Array  # [T, E, a], or of a choice [T, E] int32
     rewards: Array  # [T, E], 0 where masked
     mask: Array  # [T, E] 1 for a step of a trajectory that ended
     ends: Array  # [T, E] 1 for the last step of a trajectory
     time: Array  # [T, E] steps since the trajectory's first
-    policy: Gaussian  # from which the actions were drawn, both leaves [T, E, a]
+    policy: Distribution  # from which the actions were drawn, every leaf [T, E, ...]
     unstable: Array  # [T, E] 1 where a trajectory ended because the next state was not finite
 
     @property
@@ -48,7 +47,7 @@ def rollout(
         key: a JAX random key.
         params: of the policy.
         task: of the environment.
-        model: the policy: (params, observations [E, o]) -> mean [E, a] and log-std, [E, a] or [a].
+        model: the policy, as of `collect.collect_with`.
         env: the environment; `env.step` is mapped over trajectories, and by the caller over tasks.
         horizon: T, steps of the longest trajectory.
         trajectories: E.
@@ -57,9 +56,8 @@ def rollout(
     def step(carry: tuple, noise_and_keys: tuple) -> tuple[tuple, Trajectories]:
         state, observation, seen_well, time, count = carry
         noise, keys = noise_and_keys
-        mean, log_std = model.apply(params, observation)
-        policy = Gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
-        action = gaussian.from_noise(noise, policy)
+        policy = distribution_of(model, params, observation)
+        action = policy.from_noise(noise)
         outcome = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, action, task)
         taken = seen_well & _finite((outcome.state, outcome.observation, outcome.reward))
         ends = outcome.done | ~taken | (time + 1 == horizon)
@@ -67,12 +65,13 @@ def rollout(
         # The k-th further trajectory of row e begins like the first of row e + k: so that the loop needs no `reset`.
         another = jax.tree.map(lambda leaf: leaf[(jnp.arange(trajectories) + count) % trajectories], first)
         following = _where(ends, another, (outcome.state, outcome.observation, taken))
-        reward = jnp.where(taken, outcome.reward, 0).astype(mean.dtype)
+        reward = jnp.where(taken, outcome.reward, 0).astype(policy[0].dtype)
         seen = Trajectories(observation, action, reward, taken, ends, time, policy, ~taken)  # the mask is completed below
         return (*following, jnp.where(ends, 0, time + 1), count), seen
 
     reset_key, noise_key, step_key = jax.random.split(key, 3)
-    noise = jax.random.normal(noise_key, (horizon, trajectories, env.action_size))
+    kind = Categorical if env.discrete_actions else Gaussian
+    noise = kind.noise(noise_key, (horizon, trajectories, env.action_size))
     keys = jax.random.split(step_key, (horizon, trajectories))
     state, observation = jax.vmap(env.reset, in_axes=(0, None))(jax.random.split(reset_key, trajectories), task)
     finite = jnp.isfinite(observation)
@@ -82,8 +81,17 @@ def rollout(
     # A running maximum from behind: 1 up to the last end of each row. What comes later is of a trajectory that was cut off.
     mask = seen.mask & lax.cummax(seen.ends.astype(int), axis=0, reverse=True).astype(bool)
     flags = (mask, seen.ends, seen.time, seen.unstable)
-    mask, ends, time, unstable = (flag.astype(seen.actions.dtype) for flag in flags)
+    mask, ends, time, unstable = (flag.astype(seen.rewards.dtype) for flag in flags)
     return seen._replace(rewards=mask * seen.rewards, mask=mask, ends=ends, time=time, unstable=unstable)
+
+
+def distribution_of(model: Model, params: PyTree, observations: Array) -> Distribution:
+    """What a policy does in the states of observations [n, o], every leaf [n, ...]."""
+    outputs = model.apply(params, observations)
+    if isinstance(outputs, Categorical):
+        return outputs
+    mean, log_std = outputs
+    return Gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
 
 
 def _finite(tree: PyTree) -> Array:

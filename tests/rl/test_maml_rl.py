@@ -12,10 +12,9 @@ import pytest
 from battery import KEY, equal
 from trivial_rl import COLLECTOR, MODEL, smooth_policy, target_env, tasks_from
 
-from mamljax import gaussian
 from mamljax.checkpoint import Checkpoints
 from mamljax.devices import on, place, task_mesh
-from mamljax.gaussian import Gaussian
+from mamljax.distributions import Gaussian
 from mamljax.inner import adapt
 from mamljax.rl.collect import collect_with
 from mamljax.rl.maml_rl import (
@@ -229,7 +228,7 @@ def test_likelihood_ratios_give_the_same_step_with_the_curvature_of_what_acts(ba
     flat, unravel = jax.flatten_util.ravel_pytree(params)
 
     def log_prob(flat):
-        return gaussian.log_prob(batch.trajectories.actions, action_distribution(MODEL, unravel(flat), batch))
+        return action_distribution(MODEL, unravel(flat), batch).log_prob(batch.trajectories.actions)
 
     @jax.jit
     def run(flat):

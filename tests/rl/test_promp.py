@@ -12,8 +12,7 @@ import pytest
 from battery import KEY
 from trivial_rl import COLLECTOR, MODEL, target_env, tasks_from
 
-from mamljax import gaussian
-from mamljax.gaussian import Gaussian
+from mamljax.distributions import Gaussian
 from mamljax.rl.collect import collect_with
 from mamljax.rl.maml_rl import (
     action_distribution,
@@ -80,7 +79,7 @@ def test_two_steps_on_what_two_steps_of_adaptation_gathered():
 
     def ratio_of(batch, policy):
         acted = batch.trajectories
-        return jnp.exp(gaussian.log_prob(acted.actions, policy) - gaussian.log_prob(acted.actions, acted.policy))
+        return jnp.exp(policy.log_prob(acted.actions) - acted.policy.log_prob(acted.actions))
 
     def loss(params, batches):
         *before, (judge, adapted) = along(params, batches)
