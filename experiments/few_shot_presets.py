@@ -107,11 +107,11 @@ class Options(runner.Options):
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil), all but that
     (boil) or nothing but further channels of the image (context), that learns a step size for each parameter (meta_sgd) or
-    for each layer and step (maml++); an LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one
-    network for all episodes, an untrained one; and a classifier over all training classes, with its output layer renewed and
-    everything fine-tuned, or its features compared. Matching, siamese and prototypical networks, and a memory module, learn
-    from episodes to compare, a memory-augmented network (mann) to write down and look up, and a neural statistician to draw
-    images like those of a class (give it several --queries)."""
+    for each layer and step (maml++); an LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01, and
+    --test-steps no larger than --inner-steps); one network for all episodes, an untrained one; and a classifier over all
+    training classes, with its output layer renewed and everything fine-tuned, or its features compared. Matching, siamese and
+    prototypical networks, and a memory module, learn from episodes to compare, a memory-augmented network (mann) to write
+    down and look up, and a neural statistician to draw images like those of a class (give it several --queries)."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -272,6 +272,11 @@ def check_options(options: Options) -> None:
     """Raise `ValueError` unless the options go together with each other and with every method."""
     if "meta_lstm" in options.method and not options.inner_lr < 1:
         raise ValueError(f"--method meta_lstm needs an --inner-lr below 1, got {options.inner_lr}. Give 0.01, for example.")
+    if {"maml++", "meta_lstm"} & {*options.method} and options.test_steps > options.inner_steps:
+        raise ValueError(
+            "--method maml++ and meta_lstm learn each of the --inner-steps, and no further ones, got --inner-steps "
+            f"{options.inner_steps} and --test-steps {options.test_steps}. Give both the same number, such as 5."
+        )
     if "context" in options.method and options.network == "fully_connected":
         raise ValueError(
             "--method context needs a --network with convolutions, got fully_connected: there a context adds the same to all "

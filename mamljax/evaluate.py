@@ -41,7 +41,7 @@ def evaluate(
         Each metric as [num_tasks, S + 1], before and after each adaptation step. See `mean_and_ci95`.
 
     Raises:
-        ValueError: a count below 1, or no `State`.
+        ValueError: a count below 1, no `State`, or one of several seeds.
     """
     if not isinstance(state, State):
         raise ValueError(f"state must be a State, such as the result of fit has, got {type(state).__name__}.")
@@ -56,10 +56,22 @@ def evaluate(
 @functools.lru_cache(maxsize=32)  # not static arguments of `jit`, which would keep every learner and sampler there ever was
 def _compile(learner: MetaLearner, sample: SampleFn | None, num_tasks: int, chunk_size: int) -> Callable[..., Metrics]:
     def run(state: State, key: Array, carried: PyTree) -> Metrics:
+        _check_is_one(state, learner)
         sampler = carried if sample is None else as_partial(sample)
         return _evaluate(learner, sampler, num_tasks, chunk_size, state, key)
 
     return jax.jit(run)
+
+
+def _check_is_one(state: State, learner: MetaLearner) -> None:
+    """Raise `ValueError` if a state is one of several seeds: its arrays have a leading axis that the learner's have not."""
+    one = jax.eval_shape(learner.init, jax.random.key(0))
+    found, expected = ([np.shape(leaf) for leaf in jax.tree.leaves(of.params)] for of in (state, one))
+    if expected and expected == [shape[1:] for shape in found if shape]:
+        raise ValueError(
+            "state is one of several seeds, whose arrays have a leading axis. Map over it: "
+            "jax.vmap(lambda state: evaluate(learner, state, ...))(state)."
+        )
 
 
 def _evaluate(learner: MetaLearner, sample: Partial, num_tasks: int, chunk_size: int, state: State, key: Array) -> Metrics:

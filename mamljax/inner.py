@@ -10,6 +10,7 @@ from jax import Array, lax
 
 from mamljax.checks import check_choice, check_params, leading_length, scalar
 from mamljax.mixed import mixed_mode_gradient
+from mamljax.rules import Rule, as_rule
 from mamljax.types import PyTree
 
 Differentiation = Literal["mixed", "reverse", "first_order"]
@@ -19,7 +20,7 @@ def adapt(
     loss_fn: Callable[[PyTree, PyTree], Array],
     params: PyTree,
     data: PyTree,
-    rule: optax.GradientTransformation,
+    rule: Rule,
     *,
     differentiation: Differentiation = "mixed",
     unroll_first: bool = True,
@@ -39,7 +40,7 @@ def adapt(
         loss_fn: (params, entry of data) -> scalar loss.
         params: floating-point arrays; shared by all tasks when `adapt` runs under `vmap`.
         data: any pytree with leading axis S, one entry a step.
-        rule: any Optax transformation, `optax.sgd(0.01)` for example.
+        rule: a step size, which stands for gradient descent, or any Optax transformation.
         differentiation: how to differentiate through the steps.
         unroll_first: take the first step outside the loop over steps, where tasks under `vmap` still share their parameters
             and so one large product. Without `vmap` this gains nothing and takes longer to compile.
@@ -49,13 +50,14 @@ def adapt(
 
     Raises:
         ValueError: `params` holds other than floating-point leaves, `loss_fn` returns no scalar, entries of `data` are not
-            equally many, or `differentiation` is unknown.
+            equally many, `rule` is neither of these, or `differentiation` is unknown.
 
     >>> final, path = adapt(lambda p, d: (p - d) ** 2, jnp.float32(0.0), jnp.ones(2), optax.sgd(0.25))
     >>> path.tolist()
     [0.0, 0.5, 0.75]
     """
     check_params(params)
+    rule = as_rule(rule)
     gradient = _inner_gradient(scalar(loss_fn), differentiation)
 
     def step(carry: tuple, entry: PyTree) -> tuple[tuple, PyTree]:

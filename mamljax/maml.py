@@ -11,7 +11,7 @@ from jax import Array
 from mamljax.checks import check_choice, check_count, check_metric_fns, check_task
 from mamljax.inner import Differentiation, adapt
 from mamljax.outer import meta_learner
-from mamljax.rules import Rule, as_rule, rule_for
+from mamljax.rules import Rule, rule_for
 from mamljax.types import Examples, LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 
@@ -93,7 +93,7 @@ def fine_tune(
     def support_loss(params: PyTree, step: Array) -> Array:  # the same at each step, whose numbers alone are the data
         return loss_fn(model.apply(params, support.x), support.y)
 
-    steps, rule = jnp.arange(num_steps), as_rule(rule)
+    steps = jnp.arange(num_steps)
     return adapt(support_loss, params, steps, rule, differentiation=differentiation, unroll_first=unroll_first)
 
 

@@ -46,7 +46,8 @@ def _gradient_of_pure(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[[P
         return jax.grad(loss_fn)(params, entry)
 
     def forward(params: PyTree, entry: PyTree) -> tuple[PyTree, tuple]:
-        return gradient(params, entry), (params, entry)
+        # Not `gradient` itself: within a scan JAX would find a wrong derivative of its derivative.
+        return jax.grad(loss_fn)(params, entry), (params, entry)
 
     def backward(residuals: tuple, cotangent: PyTree) -> tuple[PyTree, PyTree]:
         params, entry = residuals

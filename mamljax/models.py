@@ -239,7 +239,7 @@ def with_context(model: Model, shape: int | tuple[int, ...]) -> Model:
         A network of inputs [n, ..., d], whose params are a dict of the "context", zeros at first, and the "network".
 
     Raises:
-        ValueError: a size below 1.
+        ValueError: a size below 1; where it is applied, inputs that are not one array.
 
     >>> model = with_context(mlp(1 + 3, (8,), 2), 3)
     >>> params = model.init(jax.random.key(0))
@@ -254,6 +254,10 @@ def with_context(model: Model, shape: int | tuple[int, ...]) -> Model:
         return {"context": jnp.zeros(shape), "network": model.init(key)}
 
     def apply(params: PyTree, x: Array) -> Array:
+        if not hasattr(x, "dtype"):
+            raise ValueError(
+                f"a context is put beside inputs that are one array, got {type(x).__name__}. Build a model of your own."
+            )
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else params["context"].dtype
         context = jnp.broadcast_to(params["context"].astype(dtype), (*x.shape[:-1], shape[-1]))
         return model.apply(params["network"], jnp.concatenate([x, context], axis=-1))
@@ -289,7 +293,7 @@ def mixed_precision(model: Model, dtype: DTypeLike = jnp.bfloat16) -> Model:
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
     def apply(params: PyTree, x: Array) -> Array:
-        outputs = model.apply(jax.tree.map(cast, params), cast(x))
+        outputs = model.apply(*jax.tree.map(cast, (params, x)))
         full = jnp.result_type(*jax.tree.leaves(params))
         return jax.tree.map(lambda output: output.astype(full), outputs)
 

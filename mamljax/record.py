@@ -118,9 +118,10 @@ class Record:
             self.saved_update, self.saved_at = update, time.monotonic()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: str | Path) -> list[dict[str, float]]:
     """Read the lines of a `metrics.jsonl` up to the first that a kill or a power cut has spoilt."""
     lines = []
+    path = Path(path)
     for text in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
             lines.append(json.loads(text))

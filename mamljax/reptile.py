@@ -12,7 +12,7 @@ from mamljax.checks import check_count, check_metric_fns, check_task
 from mamljax.inner import adapt
 from mamljax.maml import learning_curve
 from mamljax.outer import meta_learner
-from mamljax.rules import Rule, rule_for
+from mamljax.rules import Rule, RuleLearningModel, rule_for
 from mamljax.types import Examples, LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 
@@ -51,13 +51,17 @@ def reptile(
         `evaluate` returns the `loss` and the metrics on the query set, each [eval_steps + 1].
 
     Raises:
-        ValueError: a count that is too low, a step size that is not positive and finite; at the first update, a malformed task,
-            or one of fewer examples than `batch_size`.
+        ValueError: a count that is too low, a step size that is not positive and finite, a model that learns its rule; at the
+            first update, a malformed task, or one of fewer examples than `batch_size`.
     """
     check_count("inner_steps", inner_steps, "With a single one it would be pretrain().", minimum=2)
     check_count("batch_size", batch_size)
     check_count("eval_steps", eval_steps)
     check_metric_fns(metric_fns)
+    if isinstance(model, RuleLearningModel):
+        raise ValueError(
+            "reptile goes through no step, and so learns nothing of a rule. Pass the network itself and a fixed rule."
+        )
     rule = rule_for(model, rule, differentiable=False)
 
     def half_squared_distance(params: PyTree, task: Task) -> Array:

@@ -89,7 +89,7 @@ def _check_updates(rule: optax.GradientTransformation, params: PyTree, *, differ
     if not all(isinstance(leaf, Tracer) or np.isfinite(leaf).all() for leaf in derivatives):
         raise ValueError(
             "the inner rule has no finite derivative where entries or whole arrays of the gradient are zero, so meta-gradients "
-            "would be NaN. For Adam and its kin pass eps_root=1e-8; or choose differentiation='first_order' where there is one."
+            "would be NaN. For Adam and its kin pass eps_root=1e-8; or take another rule, or first_order where there is one."
         )
 
 
@@ -227,7 +227,8 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
 
     Args:
         frozen: names on the paths of parameters: ("shift", "scale") for those of every `image_models.BatchStatNorm`; all layers
-            but the last for ANIL (arXiv 1909.09157), the last alone for BOIL (arXiv 2008.08882).
+            but the last for ANIL (arXiv 1909.09157), the last alone for BOIL (arXiv 2008.08882). Several names joined by "/",
+            as in "encoder/Dense_0", are of what lies so within another.
         rule: what the others follow, a step size or an Optax transformation, but not that of `learned_by_step`.
 
     Raises:
@@ -253,10 +254,15 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
 def _mask_of(names: set[str], params: PyTree) -> PyTree:
     """Which parameters have one of these names on their paths; raises `ValueError` for a name that none has."""
 
-    def on_path(path: tuple) -> set[str]:
-        return {jax.tree_util.keystr((key,), simple=True) for key in path}
+    def parts(path: tuple) -> list[str]:
+        return [jax.tree_util.keystr((key,), simple=True) for key in path]
 
-    known = set().union(*(on_path(path) for path, _ in jax.tree.leaves_with_path(params)))
-    if missing := sorted(names - known):
-        raise ValueError(f"no parameter and no layer is called {missing}. There are {sorted(known)}.")
+    def on_path(path: tuple) -> set[str]:
+        """The parts of a path, and all joined ones that follow one another."""
+        names = parts(path)
+        return {"/".join(names[first:last]) for last in range(len(names) + 1) for first in range(last)}
+
+    paths = [path for path, _ in jax.tree.leaves_with_path(params)]
+    if missing := sorted(names - set().union(*map(on_path, paths))):
+        raise ValueError(f"no parameter and no layer is called {missing}. There are {sorted(set().union(*map(parts, paths)))}.")
     return jax.tree.map_with_path(lambda path, _: bool(on_path(path) & names), params)

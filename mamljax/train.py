@@ -51,7 +51,7 @@ def fit(
     config: Mapping[str, Any] = {},
     checkpoint_seconds: float = 30.0,
     max_seconds: float = float("inf"),
-    on_log: Callable[[int, Mapping[str, float]], None] | None = None,
+    on_log: Callable[[int, Mapping[str, float]], bool | None] | None = None,
     label: str = "training",
     progress: bool = True,
     tensorboard: bool = False,
@@ -82,7 +82,7 @@ def fit(
         checkpoint_seconds: time between checkpoints; there is always one at the end.
         max_seconds: stop after this time, saved.
         on_log: called with the number of meta-updates done and each line of the log, to show or send it elsewhere; of several
-            hosts by the first.
+            hosts by the first. The training ends, saved, where it returns True, and where it raises an error.
         label: what to call the run in the progress line.
         progress: whether to show one, on standard error.
         tensorboard: whether to write TensorBoard event files too, to `directory/tensorboard`.
@@ -125,8 +125,12 @@ def fit(
         if done and progress:
             print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
         bar = stack.enter_context(_progress_bar(label, done, num_updates, shown=progress))
-        started, sampler = time.monotonic(), sampler_from(done)
-        while done < num_updates and not any_host(interrupted.is_set() or time.monotonic() - started >= max_seconds):
+
+        def save() -> None:
+            record.save(done, take_back(snapshot, mesh))
+
+        started, sampler, enough = time.monotonic(), sampler_from(done), False
+        while done < num_updates and not any_host(enough or interrupted.is_set() or time.monotonic() - started >= max_seconds):
             stop = min(num_updates, *(done + n - done % n for n in every))  # the next multiple of one of them
             state, metrics, finite = run(snapshot.state, key, done, stop, sampler)
             # While the device computes:
@@ -144,14 +148,25 @@ def fit(
             done = stop
             record.log(done, line)
             if on_log and is_first_host():
-                on_log(done, line)
+                enough = _asks_to_stop(on_log, done, line, save)
             if record.is_due(checkpoint_seconds):
-                record.save(done, take_back(snapshot, mesh))
-        record.save(done, take_back(snapshot, mesh))
+                save()
+        save()
     if any_host(interrupted.is_set()):
         raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where or '; nothing is kept'}")
     snapshot = take_back(snapshot, mesh)
     return Result(snapshot.state, best_program(key.shape)(snapshot), done, record.seconds)
+
+
+def _asks_to_stop(
+    on_log: Callable[[int, Mapping[str, float]], bool | None], done: int, line: Mapping[str, float], save: Callable[[], None]
+) -> bool:
+    try:
+        answer = on_log(done, line)
+    except BaseException:
+        save()
+        raise
+    return isinstance(answer, bool | np.bool) and bool(answer)  # loggers return all kinds of things
 
 
 def _progress_bar(label: str, done: int, total: int, *, shown: bool) -> tqdm:

@@ -50,6 +50,20 @@ def test_a_state_is_evaluated():
         evaluate(LEARNER, {"params": 2.0}, jax.random.uniform, key=KEY, num_tasks=4)
 
 
+def test_a_state_of_several_seeds_is_to_be_mapped_over():
+    def evaluate_task(key, state, task):
+        return {"loss": (jnp.ones((1, 2)) @ state.params["w"])[0]}
+
+    learner = LEARNER._replace(init=lambda key: State({"w": jnp.ones((2, 3))}, ()), evaluate=evaluate_task)
+    seeds = jax.vmap(learner.init)(jax.random.split(KEY, 4))
+    with pytest.raises(ValueError, match=r"state is one of several seeds.*jax.vmap\(lambda state: evaluate\("):
+        evaluate(learner, seeds._replace(params={"w": jnp.ones((4, 2, 3))}), jax.random.uniform, key=KEY, num_tasks=4)
+    losses = jax.vmap(lambda state: evaluate(learner, state, jax.random.uniform, key=KEY, num_tasks=4)["loss"])(seeds)
+    assert losses.shape == (4, 4, 3)
+    with pytest.raises(TypeError, match="dot_general"):  # an error of another kind stays what it is
+        evaluate(learner, State({"w": jnp.ones((5, 3))}, ()), jax.random.uniform, key=KEY, num_tasks=4)
+
+
 def test_a_sampler_that_ignores_its_key_is_warned_of():
     with pytest.warns(UserWarning, match="all tasks are the same"):
         evaluate(LEARNER, State(jnp.float32(2.0), ()), lambda key: np.random.default_rng(0).normal(), key=KEY, num_tasks=4)

@@ -18,6 +18,12 @@ def quadratic(params, target):
     return 0.5 * jnp.sum((params - target) ** 2)
 
 
+@pytest.mark.parametrize("rule", [None, "sgd", optax.sgd])
+def test_a_rule_is_a_step_size_or_a_transformation(rule):
+    with pytest.raises(ValueError, match="rule must be a step size or an Optax transformation"):
+        adapt(quadratic, jnp.ones(2), jnp.zeros((1, 2)), rule)
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_gradient_descent_on_a_quadratic(mode, steps):
@@ -153,6 +159,25 @@ def test_derivative_in_what_the_loss_closes_over_under_vmap(mode):
     gradient = jax.grad(lambda values: jax.vmap(final)(values, index, keys).sum())(values)
     expected = 0.25 * np.asarray(jax.vmap(jax.random.normal)(keys))[:, None] * np.eye(2)[index]
     np.testing.assert_allclose(gradient, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("unroll_first", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_derivative_of_the_derivative(steps, unroll_first):
+    """In reverse mode, as of a penalty on the meta-gradient: by both exact ways the same, with data and what is closed over."""
+    inputs = jax.random.normal(jax.random.key(0), (5, 1))
+    data = jnp.linspace(0.5, 1.0, steps)
+
+    def outer(params, mode):
+        how = {"differentiation": mode, "unroll_first": unroll_first}
+        final, _ = adapt(lambda p, d: (d * (inputs @ p) ** 4).mean(), params, data, 0.1, **how)
+        return (final**2).sum()
+
+    def penalty(params, mode):
+        return (jax.grad(outer)(params, mode) ** 2).sum()
+
+    mixed, reverse = (jax.grad(penalty)(jnp.array([0.7]), mode) for mode in EXACT)
+    np.testing.assert_allclose(mixed, reverse, rtol=1e-5)
 
 
 def test_reverse_mode_can_be_differentiated_forward():

@@ -22,7 +22,7 @@ ALLOWED = {
     "convolution": {"types"},
     "image_models": {"types", "convolution"},
     "mixed": {"types"},
-    "inner": {"types", "checks", "mixed"},
+    "inner": {"types", "checks", "mixed", "rules"},
     "rules": {"types", "checks"},
     "tasks": {"types", "checks"},
     "devices": {"types"},

@@ -168,6 +168,16 @@ def test_head_needs_flat_features():
         with_linear_head(Model(lambda key: {}, lambda params, x: x), jnp.zeros((1, 4, 4, 1)), 3)
 
 
+def test_inputs_may_be_a_dict_in_mixed_precision():
+    model = Model(lambda key: {"w": jnp.ones(3)}, lambda params, x: params["w"] * x["a"] + x["which"].astype(x["a"].dtype))
+    inputs = {"a": jnp.full(3, 1.001), "which": jnp.arange(3)}
+    outputs = mixed_precision(model).apply(model.init(KEY), inputs)
+    assert outputs.dtype == jnp.float32
+    np.testing.assert_array_equal(outputs, np.arange(3) + 1.0)  # of 1.001 bfloat16 keeps 1
+    with pytest.raises(ValueError, match="a context is put beside inputs that are one array, got dict"):
+        with_context(model, 2).apply({"context": jnp.zeros(2), "network": model.init(KEY)}, inputs)
+
+
 def test_mixed_precision_calculates_in_half_precision_between_whole_numbers():
     seen = []
 

@@ -1,5 +1,7 @@
 """Reptile: its meta-update against loops written out, and what it learns."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from mamljax.evaluate import evaluate
 from mamljax.losses import mse
 from mamljax.models import mlp
 from mamljax.reptile import reptile
+from mamljax.rules import learned_by_step, learned_step_sizes
 from mamljax.tasks.images import episodes
 from mamljax.tasks.sinusoid import sinusoid
 from mamljax.train import fit
@@ -25,6 +28,13 @@ PARAMS = MODEL.init(KEY)
 def updated(rule, tx, **sizes):
     learner = reptile(MODEL, mse, rule=rule, eval_steps=1, tx=tx, **sizes)
     return learner.update(KEY, State(PARAMS, tx.init(PARAMS)), TASKS)[0].params
+
+
+@pytest.mark.parametrize("learned", [learned_step_sizes, partial(learned_by_step, inner_steps=2)], ids=["by array", "by step"])
+def test_a_rule_that_it_would_not_learn_is_refused(learned):
+    model, rule = learned(MODEL, 0.1)
+    with pytest.raises(ValueError, match="reptile goes through no step, and so learns nothing of a rule"):
+        reptile(model, mse, rule=rule, inner_steps=2, batch_size=4, eval_steps=1, tx=optax.sgd(1.0))
 
 
 def test_it_moves_towards_the_mean_of_the_adapted_networks():

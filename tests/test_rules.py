@@ -253,6 +253,18 @@ def test_all_but_knows_layers_by_their_names():
         assert moved == params.keys() - names
 
 
+def test_all_but_knows_a_layer_within_another():
+    params = {part: {"Dense_0": {"kernel": jnp.ones(2)}} for part in ("encoder", "decoder")}
+    rule = all_but("encoder/Dense_0", 0.5)
+    updates, _ = rule.update(params, rule.init(params), params)
+    assert jax.tree.map(lambda leaf: leaf.any().item(), updates) == {
+        "encoder": {"Dense_0": {"kernel": False}},
+        "decoder": {"Dense_0": {"kernel": True}},
+    }
+    with pytest.raises(ValueError, match=r"no parameter and no layer is called \['Dense_0/encoder'\]"):
+        all_but("Dense_0/encoder", 0.5).init(params)
+
+
 def test_all_but_refuses_a_name_that_nothing_has():
     with pytest.raises(
         ValueError, match=r"no parameter and no layer is called \['scale'\]. There are \['Dense_0', 'Dense_1', 'bias'"

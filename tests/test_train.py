@@ -317,6 +317,26 @@ def test_lines_of_the_log_are_passed_on(tmp_path):
     assert heard == [{name: value for name, value in line.items() if name != "seconds"} for line in logged]
 
 
+@pytest.mark.parametrize("yes", [True, np.True_], ids=["bool", "numpy"])
+def test_a_training_ends_where_the_callback_says_so(tmp_path, yes):
+    result = train(directory=tmp_path, on_log=lambda done, line: yes if done == 10 else None)
+    assert result.num_updates == 10
+    assert_equal(result.state, train(num_updates=10).state)
+    assert train(directory=tmp_path, on_log=lambda done, line: 1).num_updates == 20  # it goes on; loggers return anything
+
+
+def test_an_error_of_the_callback_ends_the_training_saved(tmp_path):
+    def fail(done, line):
+        if done == 10:
+            raise ConnectionError("the logger is not to be had")
+
+    with pytest.raises(ConnectionError):
+        train(directory=tmp_path, on_log=fail, checkpoint_seconds=1e9)
+    heard = []
+    assert_equal(train(directory=tmp_path, on_log=lambda done, line: heard.append(done)).state, train().state)
+    assert heard == [15, 20]
+
+
 def test_a_validation_error_that_is_not_finite_is_null_in_the_log(tmp_path):
     result = train(num_updates=10, validate_fn=lambda state: jnp.float32(jnp.nan), validate_every=5, directory=tmp_path)
     assert [line["validation_error"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [None, None]
