@@ -21,6 +21,9 @@ def test_code_blocks_run_in_order(capsys):
     assert mean[1] < 0.2 * mean[0]  # the example learns: one step takes away most of the error
     assert "error before and after" in capsys.readouterr().out
     assert abs(names["model"].apply(names["adapted"], np.full((1, 1), 0.8)).item() - 1.2) < 0.3  # the line of the new task
+    learned = names["fit"](names["own"], names["sample"], key=names["jax"].random.key(0), num_updates=300, num_tasks=16)
+    errors = names["evaluate"](names["own"], learned.state, names["sample"], key=names["jax"].random.key(1), num_tasks=100)
+    assert errors["loss"][:, 3].mean() < 0.5 * errors["loss"][:, 0].mean()  # by the loss that it has learned
 
 
 def test_the_code_for_images_of_your_own_runs(tmp_path, monkeypatch):
