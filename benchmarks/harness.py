@@ -151,6 +151,8 @@ def main(
     path, started = options.out / "results.json", time.monotonic()
     try:
         for name, value in config.items():
+            if value == ():
+                raise ValueError(f"--{name.replace('_', '-')} must have at least one value.")
             for item in value if isinstance(value, tuple) else (value,):
                 if isinstance(item, int) and not isinstance(item, bool):
                     check_count("--" + name.replace("_", "-"), item)

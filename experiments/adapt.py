@@ -141,13 +141,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.out.exists() and not options.out.is_file():
             raise ValueError(f"--out must be the file to write, but {options.out} is something else.")
+        options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
         names, files, probabilities = predict(options)
         text = io.StringIO()
         table = csv.writer(text, lineterminator="\n")
         table.writerow(["file", "prediction", *(f"p({name})" for name in names)])
         for file, row in zip(files, probabilities, strict=True):
             table.writerow([file, names[row.argmax()], *(f"{p:.4f}" for p in row)])
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(options.out, text.getvalue())
     except (ValueError, DataError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -26,7 +26,6 @@ from few_shot_presets import (
     Method,
     Options,
     cell,
-    check_options,
     eval_tasks,
 )
 from few_shot_trained import Trained, beginning_with, check_begin_with, read_trained
@@ -50,7 +49,6 @@ TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tunin
 def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test episodes, draw the figures."""
     set_precision(options)
-    check_options(options)
     data, begun_with = load(options), None
     if options.begin_with is not None:
         begun_with = read_trained(options.begin_with, data.num_classes)
@@ -100,12 +98,10 @@ def train(method: Method, options: Options, run: runner.Run, data: Data, begun_w
         return jax.vmap(learner.init)(run.keys), 0
     if begun_with is not None and method in TRANSFER:
         return begun_with.state, begun_with.num_updates
-    config = {"bank": data.checksum}
-    if options.dataset == "folder":  # the others have class lists of their own
-        config["classes"] = data.parts
+    classes = data.parts if options.dataset == "folder" else None  # the others have class lists of their own
+    config = {"bank": data.checksum, "classes": classes, "begun_with": None if begun_with is None else begun_with.sources}
     if begun_with is not None:
         learner = learner._replace(init=beginning_with(begun_with, learner.init))
-        config["begun_with"] = begun_with.sources
 
     def validation_error(sample: SampleFn, state: State) -> Array:
         key = jax.random.key(VALIDATION_SEED)

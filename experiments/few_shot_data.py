@@ -37,10 +37,6 @@ def load(options: Options) -> Data:
         bank = miniimagenet(options.data_dir, options.cache_dir)
         split = split_folders(bank.names)
     else:
-        if options.data_dir is None:
-            raise ValueError("--dataset folder needs --data-dir, a folder of class folders or of train/, val/ and test/.")
-        if options.out.resolve().is_relative_to(options.data_dir.resolve()):
-            raise ValueError(f"--out {options.out} lies in --data-dir, whose folders are classes. Choose another directory.")
         bank = image_folders(options.data_dir, options.cache_dir, size=options.image_size, channels=options.channels)
         split = split_folders(bank.names)
     rotations = options.dataset == "omniglot"

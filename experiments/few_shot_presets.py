@@ -206,6 +206,37 @@ class Options(runner.Options):
     )
     may_be_zero = ("seed", "steps")
 
+    def check(self) -> None:
+        """Raise `ValueError` unless all are in range, and go together with each other and with every method."""
+        super().check()
+        if "meta_lstm" in self.method and not self.inner_lr < 1:
+            raise ValueError(f"--method meta_lstm needs an --inner-lr below 1, got {self.inner_lr}. Give 0.01, for example.")
+        if {"maml++", "meta_lstm"} & {*self.method} and self.test_steps > self.inner_steps:
+            raise ValueError(
+                "--method maml++ and meta_lstm learn each of the --inner-steps, and no further ones, got --inner-steps "
+                f"{self.inner_steps} and --test-steps {self.test_steps}. Give both the same number, such as 5."
+            )
+        if "context" in self.method and self.network == "fully_connected":
+            raise ValueError(
+                "--method context needs a --network with convolutions, got fully_connected: there a context adds the same to "
+                "all examples, which normalisation takes away."
+            )
+        unable = (*MORE_THAN_A_NETWORK, "boil", "random")  # an output layer that stays zero would hide the features from boil
+        others = [method for method in self.method if method in unable]
+        if self.begin_with is not None and (others or self.seeds > 1):
+            given = f"--method {' '.join(others)}" if others else f"--seeds {self.seeds}"
+            able = " ".join(method for method in get_args(Method) if method not in unable)
+            raise ValueError(f"--begin-with is for one seed and --method {able}, got {given}.")
+        check_count("--ways", self.ways, "One class cannot be told from itself.", minimum=2)
+        if self.eval_steps < self.test_steps:
+            raise ValueError(f"--eval-steps must be at least --test-steps, {self.test_steps}, got {self.eval_steps}.")
+        if self.dataset == "folder" and self.data_dir is None:
+            raise ValueError("--dataset folder needs --data-dir, a folder of class folders or of train/, val/ and test/.")
+        if self.dataset == "folder" and self.out.resolve().is_relative_to(self.data_dir.resolve()):
+            raise ValueError(f"--out {self.out} lies in --data-dir, whose folders are classes. Choose another directory.")
+        if self.begin_with is None and self.steps == 0:
+            raise ValueError("--steps 0 is for --begin-with. For an untrained network take --method random.")
+
 
 def _preset(name: str, **options: object) -> Options:
     return Options(preset=name, out=Path("out") / name, **options)
@@ -266,30 +297,3 @@ def eval_queries(options: Options) -> int:
 def eval_tasks(options: Options) -> int:
     """Test episodes."""
     return options.eval_tasks or (600 if options.protocol == "paper" else 6000)
-
-
-def check_options(options: Options) -> None:
-    """Raise `ValueError` unless the options go together with each other and with every method."""
-    if "meta_lstm" in options.method and not options.inner_lr < 1:
-        raise ValueError(f"--method meta_lstm needs an --inner-lr below 1, got {options.inner_lr}. Give 0.01, for example.")
-    if {"maml++", "meta_lstm"} & {*options.method} and options.test_steps > options.inner_steps:
-        raise ValueError(
-            "--method maml++ and meta_lstm learn each of the --inner-steps, and no further ones, got --inner-steps "
-            f"{options.inner_steps} and --test-steps {options.test_steps}. Give both the same number, such as 5."
-        )
-    if "context" in options.method and options.network == "fully_connected":
-        raise ValueError(
-            "--method context needs a --network with convolutions, got fully_connected: there a context adds the same to all "
-            "examples, which normalisation takes away."
-        )
-    unable = (*MORE_THAN_A_NETWORK, "boil", "random")  # an output layer that stays zero would hide the features from boil
-    others = [method for method in options.method if method in unable]
-    if options.begin_with is not None and (others or options.seeds > 1):
-        given = f"--method {' '.join(others)}" if others else f"--seeds {options.seeds}"
-        able = " ".join(method for method in get_args(Method) if method not in unable)
-        raise ValueError(f"--begin-with is for one seed and --method {able}, got {given}.")
-    check_count("--ways", options.ways, "One class cannot be told from itself.", minimum=2)
-    if options.eval_steps < options.test_steps:
-        raise ValueError(f"--eval-steps must be at least --test-steps, {options.test_steps}, got {options.eval_steps}.")
-    if options.begin_with is None and options.steps == 0:
-        raise ValueError("--steps 0 is for --begin-with. For an untrained network take --method random.")

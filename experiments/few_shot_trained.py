@@ -72,11 +72,11 @@ def read_trained(directory: Path, num_classes: int) -> Trained:
         has = f"There is one of {trained} beside it." if trained else "One is in OUT/checkpoints/METHOD."
         raise CheckpointError(f"{directory} holds no training run of few_shot.py. {has}")
     options, config = read_options(directory.parent.parent), read_config(directory)
-    classes, num_updates = config.get("classes", {}).get("train", []), lines[-1]["update"] if lines else 0
+    classes, num_updates = (config.get("classes") or {}).get("train", []), lines[-1]["update"] if lines else 0
     own = {"dataset": options.dataset, "split": options.split, "classes": classes}
     sizes = {"eval_steps": options.test_steps, "rule": options.inner_lr}
     learner = build_learner(method, options, len(classes) or num_classes, **sizes)
-    sources = config.get("begun_with", []) + ([own] if num_updates > 0 else [])
+    sources = (config.get("begun_with") or []) + ([own] if num_updates > 0 else [])
     return Trained(method, options, read_best(learner, directory), num_updates, best_update(directory), sources)
 
 

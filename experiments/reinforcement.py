@@ -139,10 +139,9 @@ def run_methods(
     """
     published = published if protocol == "paper" and options.horizon == type(options).horizon else {}
     trained = {}
-    for method in options.method:  # what is wrong with one is said before any is trained
-        build_learner(method, options, env)
-    for method in options.method:
-        states, num_updates = train(method, options, run, env)
+    learners = {method: build_learner(method, options, env) for method in options.method}  # all, before any is trained
+    for method, learner in learners.items():
+        states, num_updates = train(method, learner, options, run, env)
         if num_updates > 0 or method == "random":  # else time ran out before
             with run.evaluating(method, options.eval_tasks):
                 lr = tuned_lr(method, options, env, states) if method in TUNED else options.inner_lr
@@ -157,9 +156,8 @@ def run_methods(
     return trained
 
 
-def train(method: Method, options: Options, run: runner.Run, env: Environment) -> tuple[State, int]:
+def train(method: Method, learner: MetaLearner, options: Options, run: runner.Run, env: Environment) -> tuple[State, int]:
     """Train a method from every seed; returns the best states [seeds] and the number of meta-updates done."""
-    learner = build_learner(method, options, env)
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
 
@@ -183,9 +181,10 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
         "chunk_size": runner.tasks_at_a_time(options),
     }
     if method == "promp":
-        if options.chunk_size and options.num_tasks % options.chunk_size:
+        share = options.num_tasks // (options.devices or 1)
+        if options.chunk_size and share % options.chunk_size:
             raise ValueError(
-                f"promp needs a --chunk-size that divides --num-tasks, got {options.chunk_size}, {options.num_tasks}."
+                f"promp needs a --chunk-size that divides the {share} tasks of a device, got {options.chunk_size}."
             )
         how = {"outer_steps": options.promp_steps, "clip": options.promp_clip, "kl_weight": options.promp_kl_weight}
         return promp(collector, tx=optax.adam(options.meta_lr), **how, **shared)

@@ -79,10 +79,30 @@ class Options:
     )
     may_be_zero = ("seed",)
 
+    def check(self) -> None:
+        """Raise `ValueError` unless counts are 1 or more and sizes positive, or zero where they may, and all go together."""
+        for name, value in vars(self).items():
+            flag = "--" + name.replace("_", "-")
+            for item in value if isinstance(value, tuple) else (value,):
+                if item == 0 and name in self.may_be_zero:
+                    continue
+                if isinstance(item, float) and not (item > 0 and (math.isfinite(item) or name == "max_minutes")):
+                    least = "at least 0" if name in self.may_be_zero else "positive"
+                    raise ValueError(f"{flag} must be {least} and finite, got {item}.")
+                if isinstance(item, int) and not isinstance(item, bool) and name != "seed":
+                    check_count(flag, item, minimum=int(name not in self.may_be_zero))
+            if name == "seed" and not 0 <= value <= 2**32 - self.seeds:
+                raise ValueError(f"--seed must not be negative, and with --seeds below 2**32, got {value} and {self.seeds}.")
+            if value == ():
+                raise ValueError(f"{flag} must have at least one value.")
+            if name in ONCE and len({*value}) < len(value):
+                raise ValueError(f"{flag} must not have the same value twice, got {' '.join(map(str, value))}.")
+
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 STATUS = re.compile("[A-Z_]+: ")  # what errors of XLA begin with, which may be a JaxRuntimeError or a ValueError
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+ONCE = ("method", "eval_shots")  # options whose values each have rows of their own in the results
 OURS = {Path(file).resolve().parent for file in (__file__, report.__file__)}
 
 
@@ -96,7 +116,7 @@ class Run:
             ValueError: an option is out of range.
             CheckpointError: the directory holds another run, or cannot be written.
         """
-        _check_ranges(options)
+        options.check()
         self.experiment, self.options, self.results = experiment, options, {}
         self.config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
         fixed = {name: value for name, value in self.config.items() if name not in options.free}
@@ -173,24 +193,6 @@ def tasks_at_a_time(options: AnyOptions, *, at_least: int = 1) -> int:
     Where it is a whole meta-batch, it is `at_least` so many: evaluation, which has no second derivatives, has room for more.
     """
     return options.chunk_size or (1 if jax.default_backend() == "cpu" else max(options.num_tasks, at_least))
-
-
-def _check_ranges(options: Options) -> None:
-    """Raise `ValueError` unless every count is at least one and every size positive, but for those that may be zero."""
-    for name, value in vars(options).items():
-        flag = "--" + name.replace("_", "-")
-        for item in value if isinstance(value, tuple) else (value,):
-            if item == 0 and name in options.may_be_zero:
-                continue
-            if isinstance(item, float) and not (item > 0 and (math.isfinite(item) or name == "max_minutes")):
-                least = "at least 0" if name in options.may_be_zero else "positive"
-                raise ValueError(f"{flag} must be {least} and finite, got {item}.")
-            if isinstance(item, int) and not isinstance(item, bool):
-                check_count(flag, item, minimum=int(name not in options.may_be_zero))
-        if name == "seed" and value + options.seeds > 2**32:
-            raise ValueError(f"--seed and --seeds must stay below 2**32, got {value} and {options.seeds}.")
-        if value == ():
-            raise ValueError(f"{flag} must have at least one value.")
 
 
 def main(

@@ -105,8 +105,9 @@ PRESETS = {options.preset: options for options in (Options(), QUICK, MULTI_TASK,
 def execute(options: Options, run: runner.Run) -> None:
     """Train every method, evaluate all on the same test tasks, draw the figures."""
     rows, fits = [], {}
-    for method in options.method:
-        states, num_updates = train(method, options, run)
+    learners = {method: build_learner(method, options) for method in options.method}  # all, before any is trained
+    for method, learner in learners.items():
+        states, num_updates = train(method, learner, options, run)
         if num_updates == 0 and method != "random":  # time ran out before
             continue
         for shots in options.eval_shots:
@@ -141,9 +142,9 @@ def build_learner(method: Method, options: Options) -> MetaLearner:
     return pretrain(model, mse, tx=tx, **adaptation)  # also the oracle, and the untrained network
 
 
-def train(method: Method, options: Options, run: runner.Run) -> tuple[State, int]:
+def train(method: Method, learner: MetaLearner, options: Options, run: runner.Run) -> tuple[State, int]:
     """Train a method from every seed; returns the states [seeds] and the number of meta-updates done."""
-    oracle, learner = method == "oracle", build_learner(method, options)
+    oracle = method == "oracle"
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
 

@@ -93,8 +93,7 @@ def fine_tune(
     def support_loss(params: PyTree, step: Array) -> Array:  # the same at each step, whose numbers alone are the data
         return loss_fn(model.apply(params, support.x), support.y)
 
-    steps = jnp.arange(num_steps)
-    return adapt(support_loss, params, steps, rule, differentiation=differentiation, unroll_first=unroll_first)
+    return adapt(support_loss, params, jnp.arange(num_steps), rule, differentiation=differentiation, unroll_first=unroll_first)
 
 
 def learning_curve(

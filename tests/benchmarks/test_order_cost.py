@@ -85,6 +85,12 @@ def test_what_has_no_room_is_not_run_and_may_run_out_of_memory():
     assert harness.free_megabytes() > 1
 
 
+def test_a_list_has_a_value(tmp_path, capsys):
+    assert order_cost.main([*TINY, "--out", str(tmp_path / "run"), "--widths"]) == 2
+    assert "error: --widths must have at least one value" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("option", ["--inner-steps", "--points", "--num-tasks", "--memory-mb", "--repeats"])
 def test_counts_are_positive(tmp_path, capsys, option):
     assert order_cost.main([*TINY, option, "0", "--out", str(tmp_path / "run")]) == 2

@@ -198,7 +198,8 @@ def test_stopped_it_goes_on_to_the_bit(finished, tmp_path):
     def train(steps, **changes):
         words = [*ARGUMENTS, "--seeds", "2", "--out", str(tmp_path), "--steps", str(steps)]
         options = dataclasses.replace(runner.parse(navigation.PRESETS, words), **changes)
-        return reinforcement.train("maml", options, runner.Run("navigation", options), navigation.navigation())[1]
+        env, run = navigation.navigation(), runner.Run("navigation", options)
+        return reinforcement.train("maml", reinforcement.build_learner("maml", options, env), options, run, env)[1]
 
     assert train(4, max_minutes=1e-9) == 0
     assert train(2) == 2

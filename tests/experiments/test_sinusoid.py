@@ -160,9 +160,31 @@ def test_presets_do_not_share_a_directory():
     assert len({options.out for options in sinusoid.PRESETS.values()}) == len(sinusoid.PRESETS)
 
 
+def test_what_is_wrong_with_one_method_is_said_before_another_is_trained(tmp_path, capsys):
+    assert main("--out", tmp_path, "--method", "maml", "reptile") == 2
+    assert "error: inner_steps must be a whole number of at least 2, got 1" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
+    assert main("--out", tmp_path, "--method", "random", "reptile", "--inner-steps", 2, "--steps", 10) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "random", "random"], "--method must not have the same value twice, got random random."),
+        (["--eval-shots", 5, 5], "--eval-shots must not have the same value twice, got 5 5."),
+        (["--num-tasks", 10**20], f"--num-tasks must be below 2**31, got {10**20}."),
+    ],
+)
+def test_options_out_of_range_leave_nothing(tmp_path, capsys, arguments, message):
+    assert main("--out", tmp_path / "run", *arguments) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_seeds_are_32_bits(tmp_path, capsys):
-    assert main("--out", tmp_path / "run", "--seed", 2**32) == 2
-    assert "error: --seed and --seeds must stay below 2**32" in capsys.readouterr().err
+    for seed in (-1, 2**32):
+        assert main("--out", tmp_path / "run", "--seed", seed) == 2
+        assert "error: --seed must not be negative, and with --seeds below 2**32" in capsys.readouterr().err
     run = runner.Run("sinusoid", dataclasses.replace(sinusoid.PRESETS["paper"], out=tmp_path / "run", seed=2**32 - 1))
     assert run.keys == jax.random.key(np.uint32(2**32 - 1))
 
