@@ -11,9 +11,9 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import Partial
 
-from mamljax.devices import on
-from mamljax.loop import INIT, meta_updates, vmap_over_seeds
-from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial
+from mamljax.devices import on, place
+from mamljax.loop import INIT, meta_updates, sampler_by_update, vmap_over_seeds
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial, closed_over_or_carried
 
 KEPT = 8  # of each kind
 
@@ -30,6 +30,15 @@ class Snapshot(NamedTuple):
 def start_program(learner: MetaLearner, seeds: tuple[int, ...]) -> Callable[[Array], Snapshot]:
     """Key -> the snapshot before the first meta-update, on one device."""
     return jax.jit(vmap_over_seeds(seeds, functools.partial(first_snapshot, learner)))
+
+
+def updates(
+    learner: MetaLearner, sample: SampleFn, key: Array, num_tasks: int, length: int, mesh: Mesh | None
+) -> tuple[Callable, Callable[[int], SampleFn | None]]:
+    """The program of `length` meta-updates at most, and the function from the first of them to the sampler that it takes."""
+    closed_over, carried = (None, sample) if hasattr(sample, "prepare") else closed_over_or_carried(sample)
+    sampler_from, sampler_spec = sampler_by_update(carried, key, num_tasks, length, mesh)
+    return update_program(learner, closed_over, key.shape, num_tasks, length, mesh, sampler_spec), sampler_from
 
 
 @functools.lru_cache(KEPT)
@@ -51,6 +60,16 @@ def update_program(
 
     # The state's memory is used again, so `best` must never share it.
     return _on_mesh(mesh, jax.jit(vmap_over_seeds(seeds, run, (0, 0, None, None, None)), donate_argnums=0))
+
+
+def validations(
+    validate_fn: Callable[[State], Array] | None, seeds: tuple[int, ...], mesh: Mesh | None
+) -> tuple[Callable[[Snapshot], tuple[Snapshot, Array]], Callable[[Snapshot], object]]:
+    """The program of a validation, and the same without a result, to check `validate_fn`."""
+    closed_over, carried = closed_over_or_carried(validate_fn)
+    validate, check = validation_programs(closed_over, seeds, mesh)
+    carried = place(carried, mesh)
+    return lambda snapshot: validate(snapshot, carried), lambda snapshot: check(snapshot, carried)
 
 
 @functools.lru_cache(KEPT)

@@ -20,11 +20,11 @@ from mamljax.checks import check_count, check_counts
 from mamljax.devices import any_host, check_shares, from_first_host, is_first_host, place, take_back, task_mesh
 from mamljax.divergence import finite_means
 from mamljax.interruption import interruptions
-from mamljax.loop import sampler_by_update, vmap_over_seeds
-from mamljax.programs import best_program, best_state, first_snapshot, start_program, update_program, validation_programs
+from mamljax.loop import vmap_over_seeds
+from mamljax.programs import best_program, best_state, first_snapshot, start_program, updates, validations
 from mamljax.record import Record
 from mamljax.run_directory import CheckpointError, read_config
-from mamljax.types import MetaLearner, SampleFn, State, closed_over_or_carried
+from mamljax.types import MetaLearner, SampleFn, State
 
 
 class Result(NamedTuple):
@@ -108,12 +108,8 @@ def fit(
     validated = validate_fn is not None
     every = [log_every, validate_every] if validated else [log_every]
     length = min(every)  # of a compiled call
-    sample, carried_sample = (None, sample) if hasattr(sample, "prepare") else closed_over_or_carried(sample)
-    sampler_from, sampler_spec = sampler_by_update(carried_sample, key, num_tasks, length, mesh)
-    run = update_program(learner, sample, key.shape, num_tasks, length, mesh, sampler_spec)
-    validate_fn, carried_validate_fn = closed_over_or_carried(validate_fn)
-    validate, check_validation = validation_programs(validate_fn, key.shape, mesh)
-    carried_validate_fn = place(carried_validate_fn, mesh)
+    run, sampler_from = updates(learner, sample, key, num_tasks, length, mesh)
+    validate, check_validation = validations(validate_fn, key.shape, mesh)
     config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=int(num_tasks))
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(Record(directory if is_first_host() else None, config, tensorboard=tensorboard))
@@ -137,11 +133,11 @@ def fit(
             if stop < num_updates:
                 sampler = sampler_from(stop)
             if validated:  # what is wrong with `validate_fn` should not show hours later
-                check_validation(snapshot, carried_validate_fn)
+                check_validation(snapshot)
             line = finite_means(metrics, finite, done, stop, record.where)
             snapshot = snapshot._replace(state=state)
             if validated and (stop % validate_every == 0 or stop == num_updates):
-                snapshot, error = validate(snapshot, carried_validate_fn)
+                snapshot, error = validate(snapshot)
                 line["validation_error"] = float(np.mean(error))
             bar.set_postfix({name: f"{value:.3g}" for name, value in line.items() if name != "grad_norm"}, refresh=False)
             bar.update(stop - done)
