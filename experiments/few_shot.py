@@ -27,6 +27,7 @@ from few_shot_presets import (
     Options,
     cell,
     eval_tasks,
+    validation_steps,
 )
 from few_shot_trained import Trained, beginning_with, check_begin_with, read_trained
 from jax import Array
@@ -93,7 +94,7 @@ def execute(options: Options, run: runner.Run) -> None:
 def train(method: Method, options: Options, run: runner.Run, data: Data, begun_with: Trained | None) -> tuple[State, int]:
     """Train a method from every seed; returns the best states [seeds] and the number of meta-updates done."""
     lr = options.tuning_lrs[0] if method in TUNED else options.inner_lr
-    learner = build_learner(method, options, data.num_classes, eval_steps=options.test_steps, rule=lr)
+    learner = build_learner(method, options, data.num_classes, eval_steps=validation_steps(method, options), rule=lr)
     if method == "random":
         return jax.vmap(learner.init)(run.keys), 0
     if begun_with is not None and method in TRANSFER:

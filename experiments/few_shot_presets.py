@@ -107,11 +107,11 @@ class Options(runner.Options):
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil), all but that
     (boil) or nothing but further channels of the image (context), that learns a step size for each parameter (meta_sgd) or
-    for each layer and step (maml++); an LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01, and
-    --test-steps no larger than --inner-steps); one network for all episodes, an untrained one; and a classifier over all
-    training classes, with its output layer renewed and everything fine-tuned, or its features compared. Matching, siamese and
-    prototypical networks, and a memory module, learn from episodes to compare, a memory-augmented network (mann) to write
-    down and look up, and a neural statistician to draw images like those of a class (give it several --queries)."""
+    for each layer and step (maml++); an LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one
+    network for all episodes, an untrained one; and a classifier over all training classes, with its output layer renewed and
+    everything fine-tuned, or its features compared. Matching, siamese and prototypical networks, and a memory module, learn
+    from episodes to compare, a memory-augmented network (mann) to write down and look up, and a neural statistician to draw
+    images like those of a class (give it several --queries)."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -163,7 +163,8 @@ class Options(runner.Options):
     eval_steps: int = 10
     """Adaptation steps in evaluation."""
     test_steps: int = 3
-    """Adaptation steps of the paper's number, after which validation chooses the best checkpoint."""
+    """Adaptation steps of the paper's number, after which validation chooses the best checkpoint; of maml++ and meta_lstm,
+    which learn their steps, after no more than --inner-steps."""
     meta_lr: float = 0.001
     """Step size of Adam, the outer optimiser."""
     annealing: int | None = None
@@ -211,11 +212,6 @@ class Options(runner.Options):
         super().check()
         if "meta_lstm" in self.method and not self.inner_lr < 1:
             raise ValueError(f"--method meta_lstm needs an --inner-lr below 1, got {self.inner_lr}. Give 0.01, for example.")
-        if {"maml++", "meta_lstm"} & {*self.method} and self.test_steps > self.inner_steps:
-            raise ValueError(
-                "--method maml++ and meta_lstm learn each of the --inner-steps, and no further ones, got --inner-steps "
-                f"{self.inner_steps} and --test-steps {self.test_steps}. Give both the same number, such as 5."
-            )
         if "context" in self.method and self.network == "fully_connected":
             raise ValueError(
                 "--method context needs a --network with convolutions, got fully_connected: there a context adds the same to "
@@ -287,6 +283,11 @@ def image_shape(options: Options) -> tuple[int, int, int, int]:
     """The shape of one image, [1, H, W, C]."""
     own = (1, options.image_size, options.image_size, options.channels)
     return {"omniglot": (1, 28, 28, 1), "miniimagenet": (1, 84, 84, 3), "folder": own}[options.dataset]
+
+
+def validation_steps(method: Method, options: Options) -> int:
+    """Adaptation steps after which validation chooses the best checkpoint: where they are learned, none beyond these."""
+    return min(options.test_steps, options.inner_steps) if method in ("maml++", "meta_lstm") else options.test_steps
 
 
 def eval_queries(options: Options) -> int:

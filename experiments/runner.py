@@ -89,10 +89,10 @@ class Options:
                 if isinstance(item, float) and not (item > 0 and (math.isfinite(item) or name == "max_minutes")):
                     least = "at least 0" if name in self.may_be_zero else "positive"
                     raise ValueError(f"{flag} must be {least} and finite, got {item}.")
-                if isinstance(item, int) and not isinstance(item, bool) and name != "seed":
+                if isinstance(item, int) and not isinstance(item, bool):
                     check_count(flag, item, minimum=int(name not in self.may_be_zero))
-            if name == "seed" and not 0 <= value <= 2**32 - self.seeds:
-                raise ValueError(f"--seed must not be negative, and with --seeds below 2**32, got {value} and {self.seeds}.")
+                    if item >= 2**31 and name not in ("steps", "validate_every"):
+                        raise ValueError(f"{flag} must be below 2**31, got {item}.")
             if value == ():
                 raise ValueError(f"{flag} must have at least one value.")
             if name in ONCE and len({*value}) < len(value):

@@ -17,8 +17,6 @@ def check_count(name: str, value: int, hint: str = "", *, minimum: int = 1) -> N
     """Raise `ValueError` unless `value` is a whole number of at least `minimum`; `hint` says what to do instead."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}. {hint}".rstrip())
-    if value >= 2**31:
-        raise ValueError(f"{name} must be below 2**31, got {value}.")
 
 
 def check_counts(**counts: int) -> None:

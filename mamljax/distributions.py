@@ -50,7 +50,7 @@ class Gaussian(NamedTuple):
 class Categorical(NamedTuple):
     """A choice of one among n."""
 
-    logits: Array  # [..., n] logarithms of the probabilities, up to a constant; finite, -1e9 for what is never to be chosen
+    logits: Array  # [..., n] logarithms of the probabilities, up to a constant; finite, but as low as one likes
 
     @staticmethod
     def noise(key: Array, shape: tuple[int, ...]) -> Array:

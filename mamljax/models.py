@@ -49,9 +49,13 @@ def mlp(inputs: int, hidden_sizes: Sequence[int], outputs: int, *, kernel_init: 
     >>> model.apply(model.init(jax.random.key(0)), jnp.ones((5, 1))).shape
     (5, 1)
     """
-    for name, size in (("inputs", inputs), ("outputs", outputs), *(("every hidden size", size) for size in hidden_sizes)):
-        check_count(name, size)
+    _check_sizes(hidden_sizes, inputs=inputs, outputs=outputs)
     return from_linen(MLP(tuple(hidden_sizes), outputs, kernel_init), jnp.zeros((1, inputs)))
+
+
+def _check_sizes(hidden_sizes: Sequence[int], **sizes: int) -> None:
+    for name, size in (*sizes.items(), *(("every hidden size", size) for size in hidden_sizes)):
+        check_count(name, size)
 
 
 class GaussianPolicy(linen.Module):
@@ -89,26 +93,22 @@ def gaussian_policy(observation_size: int, action_size: int, *, hidden_sizes: Se
     >>> mean.shape, log_std.tolist()
     ((20, 1), [0.0])
     """
-    sizes = ("observation_size", observation_size), ("action_size", action_size)
-    for name, size in (*sizes, *(("every hidden size", size) for size in hidden_sizes)):
-        check_count(name, size)
+    _check_sizes(hidden_sizes, observation_size=observation_size, action_size=action_size)
     return from_linen(GaussianPolicy(tuple(hidden_sizes), action_size), jnp.zeros((1, observation_size)))
 
 
 def categorical_policy(observation_size: int, num_actions: int, *, hidden_sizes: Sequence[int] = (100, 100)) -> Model:
-    """Build a policy of discrete actions: the network of `gaussian_policy`, whose outputs are the logits of n choices.
+    """Build a policy of discrete actions: as `gaussian_policy`, but its `apply` gives `Categorical(logits [..., n])`.
 
     Args:
         observation_size: o, dimensions of an observation.
         num_actions: n, the `action_size` of the environment.
         hidden_sizes: units of each hidden layer.
 
-    Returns:
-        A model whose `apply` gives a `Categorical` with logits [..., n].
-
     Raises:
         ValueError: a size below 1.
     """
+    _check_sizes(hidden_sizes, observation_size=observation_size, num_actions=num_actions)
     network = mlp(observation_size, hidden_sizes, num_actions, kernel_init=linen.initializers.glorot_uniform())
     return Model(network.init, lambda params, observations: Categorical(network.apply(params, observations)))
 

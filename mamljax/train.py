@@ -158,11 +158,14 @@ def _asks_to_stop(
     on_log: Callable[[int, Mapping[str, float]], bool | None], done: int, line: Mapping[str, float], save: Callable[[], None]
 ) -> bool:
     try:
-        answer = on_log(done, line)
+        answer: Any = on_log(done, line)
     except BaseException:
         save()
         raise
-    return isinstance(answer, bool | np.bool) and bool(answer)  # loggers return all kinds of things
+    if isinstance(answer, bool):
+        return answer
+    is_flag = isinstance(answer, np.generic | np.ndarray | Array) and answer.ndim == 0 and answer.dtype.kind == "b"
+    return is_flag and bool(answer)  # loggers return all kinds of things
 
 
 def _progress_bar(label: str, done: int, total: int, *, shown: bool) -> tqdm:

@@ -317,7 +317,7 @@ def test_lines_of_the_log_are_passed_on(tmp_path):
     assert heard == [{name: value for name, value in line.items() if name != "seconds"} for line in logged]
 
 
-@pytest.mark.parametrize("yes", [True, np.True_], ids=["bool", "numpy"])
+@pytest.mark.parametrize("yes", [True, np.True_, jnp.array(True)], ids=["bool", "numpy", "jax"])
 def test_a_training_ends_where_the_callback_says_so(tmp_path, yes):
     result = train(directory=tmp_path, on_log=lambda done, line: yes if done == 10 else None)
     assert result.num_updates == 10

@@ -4,7 +4,6 @@ import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -22,7 +21,7 @@ class Batch(NamedTuple):
     trajectories: Trajectories
     advantages: Array  # [T, E] of mean 0 and standard deviation 1
     advantage_std: Array  # [] their standard deviation before, in units of the return
-    first_returns: Array  # [E] undiscounted, of the first trajectory of each row; NaN where unstable, or an action not finite
+    first_returns: Array  # [E] undiscounted, of the first trajectory of each row; NaN where unstable, or actions not finite
     mean_return: Array  # [] undiscounted, of all trajectories that ended but the unstable ones; NaN if there is none
 
 
@@ -49,7 +48,7 @@ def collect_with(
 
     Args:
         policy: (params, observations [..., o]) -> mean [..., a] and log-std, [..., a] or [a], of its actions; for discrete ones
-            `distributions.Categorical` logits [..., a].
+            `distributions.Categorical` logits [..., a], -inf for what is not allowed.
         env: the environment.
         horizon: T, steps after which a trajectory ends in any case.
         trajectories: E, rows of T steps in each batch, of one trajectory after the other where they end early; 20 in the paper,
@@ -87,7 +86,8 @@ def collect_with(
         advantages = generalised_advantages(data.rewards, values, data.ends, discount=discount, gae_lambda=gae_lambda)
         # A trajectory that broke the simulation, or whose policy is no longer finite, must not count as a short one: where
         # rewards are costs, it would have the best return of all.
-        acted = jnp.stack([_finite_rows(leaf) for leaf in jax.tree.leaves((data.actions, data.policy))]).all(axis=0)
+        acts = data.policy[0] if env.discrete_actions else data.actions  # choices are whole numbers whatever the logits
+        acted = jnp.isfinite(acts).all(axis=(0, 2))
         stable = acted & ~jnp.any(data.unstable * data.first, axis=0)
         first_returns = jnp.where(stable, jnp.sum(data.rewards * data.first, axis=0), jnp.nan)
         broken = discounted_sums(data.unstable, data.ends, 1.0)  # 1 in all steps of an unstable trajectory
@@ -96,8 +96,3 @@ def collect_with(
         return Batch(data, *standardise(advantages, data.mask), first_returns, mean_return)
 
     return Collector(policy, collect)
-
-
-def _finite_rows(values: Array) -> Array:
-    """Whether all numbers of each row are finite: [T, E, ...] -> [E] bool."""
-    return jnp.isfinite(values).all(axis=(0, *range(2, values.ndim)))

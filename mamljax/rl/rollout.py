@@ -87,10 +87,11 @@ def rollout(
 
 def distribution_of(model: Model, params: PyTree, observations: Array) -> Distribution:
     """What a policy does in the states of observations [n, o], every leaf [n, ...]."""
-    outputs = model.apply(params, observations)
-    if isinstance(outputs, Categorical):
-        return outputs
-    mean, log_std = outputs
+    # Times and returns of long trajectories need more than half precision has, and get the dtype of the policy.
+    full = jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), model.apply(params, observations))
+    if isinstance(full, Categorical):
+        return Categorical(jnp.maximum(full.logits, -1e9))  # -inf has no finite divergences
+    mean, log_std = full
     return Gaussian(mean, jnp.broadcast_to(log_std, mean.shape))
 
 

@@ -48,8 +48,6 @@ TINY = [
     "20",
     "--inner-lr",
     "0.5",
-    "--inner-steps",
-    "2",
     "--num-tasks",
     "2",
     "--chunk-size",
@@ -293,7 +291,6 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--method", "maml", "meta_lstm", "--inner-lr", 2], "--method meta_lstm needs an --inner-lr below 1, got 2.0"),
-        (["--method", "maml++", "--test-steps", 3], "got --inner-steps 2 and --test-steps 3. Give both the same number"),
         (["--method", "context"], "--method context needs a --network with convolutions, got fully_connected"),
         (["--begin-with", "nowhere"], "nowhere holds no training run of few_shot.py. One is in OUT/checkpoints/METHOD"),
         (

@@ -205,6 +205,18 @@ def test_to_break_the_simulation_is_not_a_short_trajectory():
     np.testing.assert_array_equal(batch.first_returns, jnp.where(batch.trajectories.unstable[0] > 0, jnp.nan, -HORIZON))
 
 
+def test_a_policy_in_half_precision_counts_time_and_returns_in_full():
+    """bfloat16 has no 257."""
+
+    def apply(params, x):
+        return jnp.zeros((*x.shape[:-1], 2), jnp.bfloat16), jnp.zeros(2, jnp.bfloat16)
+
+    collector = collect_with(Model(lambda key: {}, apply), counter_env(), horizon=300, trajectories=2)
+    data = collector.collect(KEY, {}, {"ends": jnp.float32(1e4), "breaks": jnp.float32(1e4)}).trajectories
+    np.testing.assert_array_equal(data.time[:, 0], np.arange(300))
+    np.testing.assert_array_equal(data.rewards[:, 0], data.observations[0, 0, 0] + 1 + np.arange(300))
+
+
 def test_an_observation_of_reset_that_is_not_finite_is_unstable():
     def reset(key, task):
         return jnp.zeros(2), jnp.array([jnp.nan, 1.0])

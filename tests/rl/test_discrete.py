@@ -64,6 +64,16 @@ def test_the_gradient_of_reinforce_is_that_of_the_softmax():
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_an_action_that_is_not_allowed_is_never_taken_and_harms_nothing():
+    policy, _, batch = batch_of([0.0, 0.0, -jnp.inf])
+    assert set(np.unique(batch.trajectories.actions)) == {0, 1}
+    assert jnp.isfinite(batch.mean_return)
+    other = jnp.array([1.0, 0.0, -jnp.inf])
+    gradient = jax.grad(lambda params: mean_kl(batch, action_distribution(policy, params, batch)))(other)
+    assert jnp.isfinite(gradient).all()
+    assert gradient[0] != 0
+
+
 def test_the_divergence_between_two_policies():
     policy, logits, batch = batch_of([0.3, -0.2, 0.1])
     other = jnp.array([0.0, 1.0, 0.0])
