@@ -47,6 +47,7 @@ ENTRIES = (
     Entry("Omniglot 5-way 5-shot, no convolutions, memory-augmented, %", "omniglot-5w5s-fc_mann", 0, "mann"),
     Entry("miniImageNet 5-way 1-shot, %", "miniimagenet-5w1s", 10),
     Entry("miniImageNet 5-way 1-shot, first order, %", "miniimagenet-5w1s_first_order", 10, "fomaml"),
+    Entry("miniImageNet 5-way 1-shot, an LSTM that takes the steps, %", "miniimagenet-5w1s_meta_lstm", 5, "meta_lstm"),
     Entry("miniImageNet 5-way 5-shot, %", "miniimagenet-5w5s", 10),
     Entry("miniImageNet 5-way 5-shot, with the 1-shot network, %", "miniimagenet-5w5s_from_1s", 10),
     Entry("2D navigation, by TRPO: return", "navigation_multi_step", 3),
