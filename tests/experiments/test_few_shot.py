@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import adapt
@@ -614,6 +615,18 @@ def test_adapt_names_the_first_difference_of_another_architecture(finished, imag
     errors = capsys.readouterr().err
     assert "is one of another model or method: at " in errors
     assert "['BatchStatNorm_0']['shift'] it has float32[1, 256], expected float32[1, 64]" in errors
+
+
+@pytest.mark.parametrize(("method", "steps"), [("maml", 10), ("maml++", 5), ("meta_lstm", 5)])
+def test_learned_steps_are_validated_no_further_than_they_were_learned(monkeypatch, method, steps):
+    """miniImageNet's preset has 5 in training, and 10 at test."""
+
+    def build(method, options, num_classes, *, eval_steps, rule):
+        raise RuntimeError(f"asked for {eval_steps}")  # that is all there is to see
+
+    monkeypatch.setattr(few_shot, "build_learner", build)
+    with pytest.raises(RuntimeError, match=f"^asked for {steps}$"):
+        few_shot.train(method, few_shot.PRESETS["miniimagenet-5w1s"], None, SimpleNamespace(num_classes=64), None)
 
 
 def test_results_do_not_go_among_the_images(images, banks, capsys):
