@@ -18,10 +18,6 @@ from few_shot_learners import build_learner, network_and_rule, set_precision
 from few_shot_presets import (
     MAML,
     PRESETS,
-    PUBLISHED,
-    PUBLISHED_STEPS,
-    SOURCE,
-    SOURCES,
     TRANSFER,
     Method,
     Options,
@@ -29,6 +25,7 @@ from few_shot_presets import (
     eval_tasks,
     validation_steps,
 )
+from few_shot_published import PUBLISHED, PUBLISHED_STEPS, SOURCE, SOURCES
 from few_shot_trained import Trained, beginning_with, check_begin_with, read_trained
 from jax import Array
 from jax.tree_util import Partial

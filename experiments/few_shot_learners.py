@@ -16,10 +16,11 @@ from mamljax.baselines.metric_learning import matching, prototypical, siamese
 from mamljax.baselines.neural_statistician import neural_statistician
 from mamljax.baselines.pretrain import pretrain
 from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
+from mamljax.imaml import held_near_start, imaml
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import maml
 from mamljax.maml_plus_plus import maml_plus_plus
-from mamljax.rules import Rule, all_but, learned_by_step, learned_step_sizes
+from mamljax.rules import Rule, all_but, as_rule, learned_by_step, learned_step_sizes
 from mamljax.types import MetaLearner, Model
 
 NORM_PARAMETERS = {"shift": ("shift",), "scale_and_shift": ("shift", "scale")}  # of the outer loop alone
@@ -49,7 +50,10 @@ def build_network(options: Options, ways: int | None, *, further_channels: int =
 
 
 def network_and_rule(method: Method, options: Options, rule: Rule) -> tuple[Model, optax.GradientTransformation]:
-    """Build the network as a method adapts it, and what it adapts by the rule: all parameters but those of normalisation."""
+    """Build the network as a method adapts it, and what it adapts by the rule: all parameters but those of normalisation.
+
+    Implicit MAML adapts these too.
+    """
     features, network = (build_network(options, ways) for ways in (None, options.ways))
     below, all_layers = (jax.eval_shape(model.init, jax.random.key(0)).keys() for model in (features, network))
     frozen = NORM_PARAMETERS[options.norm]
@@ -66,6 +70,8 @@ def network_and_rule(method: Method, options: Options, rule: Rule) -> tuple[Mode
             network, rule = learned_step_sizes(network, rule)
         case "maml++":
             return learned_by_step(network, rule, options.inner_steps, per_step=frozen)
+        case "imaml":
+            return network, optax.chain(held_near_start(options.strength), as_rule(rule))
         case "meta_lstm":
             network, rule = meta_lstm(network, rule)
     return network, all_but(tuple(frozen), rule)
@@ -105,6 +111,10 @@ def build_learner(method: Method, options: Options, num_classes: int, *, eval_st
         case "maml++":
             multi_step_updates = options.multi_step_updates
             return maml_plus_plus(network, cross_entropy, multi_step_updates=multi_step_updates, **learning, **shared)
+        case "imaml":
+            sizes = {"inner_steps": options.inner_steps, "strength": options.strength, "cg_steps": options.cg_steps}
+            how = {"rule": rule, "damping": options.damping, "eval_steps": eval_steps}
+            return imaml(network, cross_entropy, **how, **sizes, **shared)
         case "pretrained" | "random":
             return pretrain(network, cross_entropy, **adaptation, **shared)
         case "fine_tuning":

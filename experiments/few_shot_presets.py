@@ -1,4 +1,4 @@
-"""The options of `few_shot.py`, with a preset and the published numbers for each cell of the paper's table."""
+"""The options of `few_shot.py`, with a preset for each cell of the paper's table."""
 
 import dataclasses
 from pathlib import Path
@@ -9,89 +9,20 @@ import runner
 from mamljax.checks import check_count
 from mamljax.data.omniglot import Split
 
-SOURCE = "Finn et al. 2017, table 1"
-SOURCES = {  # of methods that are not in that table
-    "context": "Finn et al. 2017, appendix",
-    "meta_sgd": "Li et al. 2017",
-    "maml++": "Antoniou et al. 2019",
-    "boil": "Oh et al. 2021",
-    "prototypical": "Snell et al. 2017, tables 1 and 2",
-}
-# After how many steps, where that is not the paper's number. The LSTM's is of 5-shot; for 1-shot its authors take 12.
-PUBLISHED_STEPS = {"meta_sgd": 1, "meta_lstm": 5}
-PUBLISHED = {  # accuracy in %, by dataset, network, ways, shots and method
-    ("omniglot", "strided_conv", 5, 1, "maml"): 98.7,
-    ("omniglot", "strided_conv", 5, 5, "maml"): 99.9,
-    ("omniglot", "strided_conv", 20, 1, "maml"): 95.8,
-    ("omniglot", "strided_conv", 20, 5, "maml"): 98.9,
-    ("omniglot", "fully_connected", 5, 1, "maml"): 89.7,
-    ("omniglot", "fully_connected", 5, 5, "maml"): 97.5,
-    ("omniglot", "fully_connected", 5, 1, "mann"): 82.8,
-    ("omniglot", "fully_connected", 5, 5, "mann"): 94.9,
-    ("miniimagenet", "pooled_conv", 5, 1, "maml"): 48.70,
-    ("miniimagenet", "pooled_conv", 5, 5, "maml"): 63.11,
-    ("miniimagenet", "pooled_conv", 5, 1, "fomaml"): 48.07,
-    ("miniimagenet", "pooled_conv", 5, 5, "fomaml"): 63.15,
-    ("miniimagenet", "pooled_conv", 5, 1, "fine_tuning"): 28.86,
-    ("miniimagenet", "pooled_conv", 5, 5, "fine_tuning"): 49.79,
-    ("miniimagenet", "pooled_conv", 5, 1, "nearest_neighbour"): 41.08,
-    ("miniimagenet", "pooled_conv", 5, 5, "nearest_neighbour"): 51.04,
-    ("miniimagenet", "pooled_conv", 5, 1, "meta_lstm"): 43.44,
-    ("miniimagenet", "pooled_conv", 5, 5, "meta_lstm"): 60.60,
-    ("omniglot", "strided_conv", 5, 1, "context"): 94.9,
-    ("omniglot", "strided_conv", 5, 5, "context"): 97.7,
-    ("omniglot", "strided_conv", 5, 1, "meta_sgd"): 99.5,
-    ("omniglot", "strided_conv", 5, 5, "meta_sgd"): 99.9,
-    ("omniglot", "strided_conv", 20, 1, "meta_sgd"): 95.9,
-    ("omniglot", "strided_conv", 20, 5, "meta_sgd"): 99.0,
-    ("miniimagenet", "pooled_conv", 5, 1, "meta_sgd"): 50.47,
-    ("miniimagenet", "pooled_conv", 5, 5, "meta_sgd"): 64.03,
-    ("miniimagenet", "pooled_conv", 5, 1, "boil"): 49.61,
-    ("miniimagenet", "pooled_conv", 5, 5, "boil"): 66.45,
-    ("omniglot", "strided_conv", 5, 1, "maml++"): 99.47,
-    ("omniglot", "strided_conv", 5, 5, "maml++"): 99.85,
-    ("omniglot", "strided_conv", 20, 1, "maml++"): 97.65,
-    ("omniglot", "strided_conv", 20, 5, "maml++"): 99.33,
-    ("miniimagenet", "pooled_conv", 5, 1, "maml++"): 52.15,
-    ("miniimagenet", "pooled_conv", 5, 5, "maml++"): 68.32,
-    ("omniglot", "strided_conv", 5, 1, "matching"): 98.1,
-    ("omniglot", "strided_conv", 5, 5, "matching"): 98.9,
-    ("omniglot", "strided_conv", 20, 1, "matching"): 93.8,
-    ("omniglot", "strided_conv", 20, 5, "matching"): 98.5,
-    ("miniimagenet", "pooled_conv", 5, 1, "matching"): 43.56,
-    ("miniimagenet", "pooled_conv", 5, 5, "matching"): 55.31,
-    ("omniglot", "strided_conv", 5, 1, "siamese"): 97.3,
-    ("omniglot", "strided_conv", 5, 5, "siamese"): 98.4,
-    ("omniglot", "strided_conv", 20, 1, "siamese"): 88.2,
-    ("omniglot", "strided_conv", 20, 5, "siamese"): 97.0,
-    ("omniglot", "strided_conv", 5, 1, "memory_module"): 98.4,
-    ("omniglot", "strided_conv", 5, 5, "memory_module"): 99.6,
-    ("omniglot", "strided_conv", 20, 1, "memory_module"): 95.0,
-    ("omniglot", "strided_conv", 20, 5, "memory_module"): 98.6,
-    ("omniglot", "strided_conv", 5, 1, "neural_statistician"): 98.1,
-    ("omniglot", "strided_conv", 5, 5, "neural_statistician"): 99.5,
-    ("omniglot", "strided_conv", 20, 1, "neural_statistician"): 93.2,
-    ("omniglot", "strided_conv", 20, 5, "neural_statistician"): 98.1,
-    ("omniglot", "strided_conv", 5, 1, "prototypical"): 98.8,
-    ("omniglot", "strided_conv", 5, 5, "prototypical"): 99.7,
-    ("omniglot", "strided_conv", 20, 1, "prototypical"): 96.0,
-    ("omniglot", "strided_conv", 20, 5, "prototypical"): 98.9,
-    ("miniimagenet", "pooled_conv", 5, 1, "prototypical"): 49.42,
-    ("miniimagenet", "pooled_conv", 5, 5, "prototypical"): 68.20,
-}
 Preset = Literal[
     *("omniglot-5w1s", "omniglot-5w5s", "omniglot-20w1s", "omniglot-20w5s", "omniglot-5w1s-fc", "omniglot-5w5s-fc"),
     *("miniimagenet-5w1s", "miniimagenet-5w5s"),
     *("omniglot-5w1s-maml++", "omniglot-5w5s-maml++", "omniglot-20w1s-maml++", "omniglot-20w5s-maml++"),
     *("miniimagenet-5w1s-maml++", "miniimagenet-5w5s-maml++"),
+    *("omniglot-5w1s-imaml", "omniglot-5w5s-imaml", "omniglot-20w1s-imaml", "omniglot-20w5s-imaml"),
 ]
 Method = Literal[
-    *("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "meta_lstm"),
+    *("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "meta_lstm"),
     *("pretrained", "random", "fine_tuning", "nearest_neighbour"),
     *("matching", "siamese", "mann", "memory_module", "neural_statistician", "prototypical"),
 ]
 
-MAML = ("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "meta_lstm")  # they learn to adapt
+MAML = ("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "meta_lstm")  # they learn to adapt
 # What they learn is more than the network of the options.
 MORE_THAN_A_NETWORK = ("context", "meta_sgd", "maml++", "meta_lstm", "siamese", "mann", "neural_statistician")
 TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
@@ -102,14 +33,15 @@ class Options(runner.Options):
     """Few-shot classification of images, by default Omniglot 5-way 1-shot as in the paper and its code."""
 
     preset: Preset = "omniglot-5w1s"
-    """Values for all options below and above, one preset for each cell of the paper's table, and for MAML++ one
-    more for each with convolutions."""
+    """Values for all options below and above, one preset for each cell of the paper's table, for MAML++ one more
+    for each with convolutions, and for implicit MAML for each of Omniglot."""
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil), all but that
     (boil) or nothing but further channels of the image (context), that learns a step size for each parameter (meta_sgd) or
-    for each layer and step (maml++); an LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one
-    network for all episodes, an untrained one; and a classifier over all training classes, with its output layer renewed and
-    everything fine-tuned, or its features compared. Matching, siamese and prototypical networks, and a memory module, learn
+    for each layer and step (maml++), or that differentiates a minimum, not the way there (imaml, implicit MAML); an LSTM
+    that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one network for all episodes, an untrained
+    one; and a classifier over all training classes, with its output layer renewed and everything fine-tuned, or its features
+    compared. Matching, siamese and prototypical networks, and a memory module, learn
     from episodes to compare, a memory-augmented network (mann) to write down and look up, and a neural statistician to draw
     images like those of a class (give it several --queries)."""
     protocol: Literal["paper", "corrected"] = "paper"
@@ -174,6 +106,12 @@ class Options(runner.Options):
     fully_connected network, whose normalisation takes away what all images have in common."""
     multi_step_updates: int = 5_000
     """MAML++: meta-updates during which the query loss after earlier steps counts too, less and less."""
+    strength: float = 2.0
+    """Implicit MAML: lambda, which holds the parameters near those that adaptation began with."""
+    cg_steps: int = 5
+    """Implicit MAML: iterations of conjugate gradient."""
+    damping: float = 22.0
+    """Implicit MAML: added to lambda in the system that these solve; for lambda 2, the value in the authors' code."""
     clip: float | None = None
     """Bound on each element of the meta-gradient."""
     differentiation: Literal["mixed", "reverse"] = "reverse"
@@ -205,13 +143,18 @@ class Options(runner.Options):
         *("data_dir", "cache_dir", "images_on", "chunk_size", "eval_steps", "eval_tasks"),
         "precision",  # it depends on the device, of which there may be another by then
     )
-    may_be_zero = ("seed", "steps")
+    may_be_zero = ("seed", "steps", "damping")
 
     def check(self) -> None:
         """Raise `ValueError` unless all are in range, and go together with each other and with every method."""
         super().check()
         if "meta_lstm" in self.method and not self.inner_lr < 1:
             raise ValueError(f"--method meta_lstm needs an --inner-lr below 1, got {self.inner_lr}. Give 0.01, for example.")
+        if "imaml" in self.method and not self.inner_lr * self.strength < 2:
+            raise ValueError(
+                f"--method imaml needs an --inner-lr below 2 / --strength, {2 / self.strength:g}, as larger steps lead to no "
+                f"minimum; got {self.inner_lr}. Give 0.1, and --inner-steps and --test-steps 16, for example."
+            )
         if "context" in self.method and self.network == "fully_connected":
             raise ValueError(
                 "--method context needs a --network with convolutions, got fully_connected: there a context adds the same to "
@@ -248,6 +191,8 @@ PLUS = {"method": ("maml++",), "steps": 50_000, "num_tasks": 8, "inner_steps": 5
 PLUS |= {"norm": "scale_and_shift", "annealing": 50_000, "differentiation": "mixed"}
 MINI_PLUS = MINI | PLUS | {"num_tasks": 2, "filters": 48, "inner_lr": 0.01, "multi_step_updates": 7_500, "clip": 10}
 MINI_PLUS |= {"eval_queries": 15}
+IMAML = {"method": ("imaml",), "steps": 20_000, "inner_lr": 0.1, "inner_steps": 16, "test_steps": 16, "eval_steps": 16}
+TWENTY_WAY_IMAML = IMAML | {"ways": 20, "num_tasks": 16, "inner_steps": 25, "test_steps": 25, "eval_steps": 25}
 # --clip: the authors clip at 10 the gradient of a loss that is summed over N Q queries and divided by K; here it is their
 # mean, whose gradient is N Q / K times smaller.
 PRESETS = {
@@ -265,6 +210,10 @@ PRESETS = {
         _preset("omniglot-5w5s-maml++", shots=5, eval_queries=1, **PLUS),
         _preset("omniglot-20w1s-maml++", ways=20, **PLUS),
         _preset("omniglot-20w5s-maml++", ways=20, shots=5, eval_queries=1, **PLUS),
+        _preset("omniglot-5w1s-imaml", **IMAML),
+        _preset("omniglot-5w5s-imaml", shots=5, queries=5, **IMAML),
+        _preset("omniglot-20w1s-imaml", **TWENTY_WAY_IMAML),
+        _preset("omniglot-20w5s-imaml", shots=5, queries=5, **TWENTY_WAY_IMAML),
         _preset("miniimagenet-5w1s-maml++", **MINI_PLUS),
         _preset("miniimagenet-5w5s-maml++", shots=5, **MINI_PLUS),
     )

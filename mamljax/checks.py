@@ -1,5 +1,6 @@
 """Checks of what users pass in: each raises one error that says what was given, what was expected and what to do."""
 
+import math
 import numbers
 import warnings
 from collections.abc import Callable, Mapping
@@ -23,6 +24,12 @@ def check_counts(**counts: int) -> None:
     """Raise `ValueError` unless all are whole numbers of at least 1."""
     for name, count in counts.items():
         check_count(name, count)
+
+
+def check_positive(name: str, value: float, hint: str = "") -> None:
+    """Raise `ValueError` unless `value` is a positive and finite number; `hint` says what to do instead."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value}. {hint}".rstrip())
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

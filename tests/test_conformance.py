@@ -23,6 +23,7 @@ from mamljax.baselines.neural_statistician import neural_statistician
 from mamljax.baselines.pretrain import pretrain
 from mamljax.baselines.transfer import fine_tuning, nearest_neighbour
 from mamljax.checkpoint import Checkpoints
+from mamljax.imaml import imaml
 from mamljax.losses import cross_entropy, mse
 from mamljax.maml import maml
 from mamljax.maml_plus_plus import maml_plus_plus
@@ -67,6 +68,7 @@ LEARNERS = {  # name: (learner, adaptation steps in evaluation)
     "meta-sgd": (meta_sgd(2), 3),
     "maml++": (plus_plus(2), 3),
     "meta-learner lstm": (learned_lstm(2), 3),
+    "imaml": (imaml(MODEL, mse, rule=0.01, inner_steps=3, strength=2.0, cg_steps=2, eval_steps=3, **TRAINING), 3),
     "reptile": (reptile(MODEL, mse, rule=0.01, inner_steps=3, batch_size=4, eval_steps=3, **TRAINING), 3),
     "pretrained": (PRETRAIN(rule=0.01, eval_steps=3), 3),
     "multi-task": (MULTI_TASK(rule=0.01, eval_steps=3, penalty=squared_distance), 3),
@@ -81,6 +83,7 @@ ADAPTED = {"rule": 0.1, "eval_steps": 1}
 BUILDERS = {  # name: (builder, whether it builds a classifier)
     "maml": (functools.partial(maml, MODEL, mse, inner_steps=2, **ADAPTED, **TX), False),
     "maml++": (functools.partial(maml_plus_plus, MODEL, mse, inner_steps=2, multi_step_updates=2, **ADAPTED, **TX), False),
+    "imaml": (functools.partial(imaml, MODEL, mse, inner_steps=2, strength=2.0, cg_steps=2, **ADAPTED, **TX), False),
     "reptile": (functools.partial(reptile, MODEL, mse, inner_steps=2, batch_size=4, **ADAPTED, **TX), False),
     "pretrained": (functools.partial(pretrain, MODEL, mse, **ADAPTED, **TX), False),
     "multi-task": (functools.partial(multi_task, MODEL, mse, task_tx=optax.sgd(0.1), task_steps=2, **ADAPTED), False),
@@ -217,6 +220,9 @@ def test_no_metric_takes_the_name_of_the_loss(builder):
     [
         ("maml", "inner_steps", 1),
         ("maml", "eval_steps", 1),
+        ("imaml", "inner_steps", 1),
+        ("imaml", "cg_steps", 1),
+        ("imaml", "eval_steps", 1),
         ("reptile", "batch_size", 1),
         ("reptile", "eval_steps", 1),
         ("fine-tuning", "eval_steps", 1),

@@ -41,6 +41,7 @@ ALLOWED = {
     "report": FOUNDATION | {"record", "figures"},
     "maml": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
     "maml_plus_plus": FOUNDATION | {"inner", "rules", "outer", "maml"},
+    "imaml": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "reptile": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "distributions": set(),
     "baselines": FOUNDATION | {"distributions", "losses", "models", "inner", "rules", "outer", "maml"},

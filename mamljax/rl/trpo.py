@@ -1,6 +1,5 @@
 """Trust region policy optimisation (Schulman et al. 2015, arXiv 1502.05477) as an Optax transformation."""
 
-import math
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -10,7 +9,7 @@ import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from mamljax.checks import check_choice, check_count
+from mamljax.checks import check_choice, check_count, check_positive
 from mamljax.types import PyTree
 
 HessianVectorProduct = Literal["exact", "finite_differences"]
@@ -67,8 +66,7 @@ def trpo(
     -0.141
     """
     for name, number in (("max_kl", max_kl), ("damping", damping)):
-        if not (math.isfinite(number) and number > 0):
-            raise ValueError(f"{name} must be positive and finite, got {number}. The paper uses max_kl 0.01, damping 1e-5.")
+        check_positive(name, number, "The paper uses max_kl 0.01, damping 1e-5.")
     if not 0 < backtrack_ratio < 1:
         raise ValueError(f"backtrack_ratio must lie between 0 and 1, got {backtrack_ratio}. The paper uses 0.8.")
     check_count("cg_steps", cg_steps)

@@ -292,11 +292,12 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--method", "maml", "meta_lstm", "--inner-lr", 2], "--method meta_lstm needs an --inner-lr below 1, got 2.0"),
+        (["--method", "imaml", "--inner-lr", 1], "--method imaml needs an --inner-lr below 2 / --strength, 1, as larger steps"),
         (["--method", "context"], "--method context needs a --network with convolutions, got fully_connected"),
         (["--begin-with", "nowhere"], "nowhere holds no training run of few_shot.py. One is in OUT/checkpoints/METHOD"),
         (
             ["--begin-with", "nowhere", "--method", "random"],
-            "--begin-with is for one seed and --method maml fomaml anil pretrained fine_tuning",
+            "--begin-with is for one seed and --method maml fomaml anil imaml pretrained fine_tuning",
         ),
         (["--begin-with", "nowhere", "--seeds", 2], "got --seeds 2."),
         (["--steps", 0], "--steps 0 is for --begin-with. For an untrained network take --method random."),
@@ -330,6 +331,10 @@ def test_presets_state_the_settings_of_the_paper():
         "omniglot-20w5s-maml++": (8, 5, 5),
         "miniimagenet-5w1s-maml++": (2, 5, 5),
         "miniimagenet-5w5s-maml++": (2, 5, 5),
+        "omniglot-5w1s-imaml": (32, 16, 16),
+        "omniglot-5w5s-imaml": (32, 16, 16),
+        "omniglot-20w1s-imaml": (16, 25, 25),
+        "omniglot-20w5s-imaml": (16, 25, 25),
     }
     assert {name: p.clip for name, p in presets.items() if p.clip} == {  # 10 by element of a loss summed over classes
         "miniimagenet-5w1s": pytest.approx(10 / (5 * 15)),
@@ -338,10 +343,10 @@ def test_presets_state_the_settings_of_the_paper():
         "miniimagenet-5w5s-maml++": 10,
     }
     for name, p in presets.items():
-        plus_plus = name.endswith("++")
+        method = name.split("-")[-1]
         assert p.out.name == name
-        assert p.method == ("maml++" if plus_plus else "maml",)
-        assert (p.steps, p.annealing) == ((50_000, 50_000) if plus_plus else (60_000, None))
+        assert p.method == (method if method in ("maml++", "imaml") else "maml",)
+        assert (p.steps, p.annealing) == {"maml++": (50_000, 50_000), "imaml": (20_000, None)}.get(method, (60_000, None))
     for name, p in presets.items():
         mini, plus_plus = "mini" in name, name.endswith("++")
         assert p.queries == (15 if mini else 1 if plus_plus else p.shots)
@@ -410,11 +415,12 @@ def test_tasks_at_a_time(monkeypatch):
         ("context", {"context"}),
         ("meta_sgd", {"body", "head"}),
         ("maml++", {"body", "head", "step"}),
+        ("imaml", {"body", "head", "shift"}),
         ("meta_lstm", {"body", "head"}),
     ],
 )
 def test_what_a_method_adapts(method, moves):
-    """Of the features and of the output layer; the shifts of normalisation and learned step sizes never."""
+    """Of the features and of the output layer; learned step sizes never, the shifts of normalisation by implicit MAML alone."""
     options = few_shot.PRESETS["omniglot-5w1s"]
     network, rule = network_and_rule(method, options, 0.5)
     params = jax.eval_shape(network.init, jax.random.key(0))
