@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.core import Tracer
 from jax.scipy.sparse.linalg import cg
 
 from mamljax.checks import check_count, check_metric_fns, check_positive, check_task
@@ -57,7 +59,7 @@ def imaml(
 
     Raises:
         ValueError: a count below 1, a strength or a step size that is not positive and finite, a negative damping, a model that
-            learns its rule; at the first update, a malformed task.
+            learns its rule, a rule that leaves some parameters as they are; at the first update, a malformed task.
 
     Differs from the authors' code, which takes all steps without the penalty, and then one step down the penalty alone, and
     none in evaluation. It adds 10 to lambda and 1 to the identity, which for lambda 2 is a damping of 22, and halves the
@@ -74,7 +76,9 @@ def imaml(
         raise ValueError(
             "imaml goes through no step, and so learns nothing of a rule. Pass the network itself and a fixed rule."
         )
-    held = optax.chain(held_near_start(strength), as_rule(rule_for(model, rule, differentiable=False)))
+    rule = as_rule(rule_for(model, rule, differentiable=False))
+    _check_adapts_all(rule, jax.eval_shape(model.init, jax.random.key(0)))
+    held = optax.chain(held_near_start(strength), rule)
 
     def task_loss(params: PyTree, task: Task) -> Array:
         check_task(task)
@@ -98,6 +102,14 @@ def imaml(
         return learning_curve(model, loss_fn, state.params, task, held, eval_steps, metric_fns=metric_fns)
 
     return meta_learner(model.init, task_loss, evaluate, tx=tx, chunk_size=chunk_size)
+
+
+def _check_adapts_all(rule: optax.GradientTransformation, params: PyTree) -> None:
+    """Raise `ValueError` if the rule leaves some parameters as they are: in these there is no minimum to differentiate."""
+    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
+    changes, _ = rule.update(ones, rule.init(ones), ones)
+    if not all(isinstance(leaf, Tracer) or leaf.any() for leaf in jax.tree.leaves(changes)):
+        raise ValueError("imaml adapts all parameters, and the rule leaves some as they are. Pass one for all, or use maml().")
 
 
 def held_near_start(strength: float) -> optax.GradientTransformation:

@@ -10,7 +10,7 @@ from mamljax.imaml import held_near_start, imaml
 from mamljax.losses import mse
 from mamljax.maml import fine_tune
 from mamljax.models import mlp
-from mamljax.rules import learned_step_sizes
+from mamljax.rules import all_but, learned_step_sizes
 from mamljax.types import Examples, Model, State, Task
 
 KEY = jax.random.key(0)
@@ -110,6 +110,12 @@ def test_settings_out_of_range_are_refused(settings, message):
     sizes = {"inner_steps": 1, "strength": 1.0, "cg_steps": 1, "eval_steps": 1, "rule": 0.1} | settings
     with pytest.raises(ValueError, match=message):
         imaml(mlp(1, (4,), 1), mse, tx=optax.sgd(0.1), **sizes)
+
+
+def test_a_rule_that_adapts_some_parameters_alone_is_refused():
+    rule = all_but("Dense_0", 0.1)
+    with pytest.raises(ValueError, match="imaml adapts all parameters, and the rule leaves some as they are"):
+        imaml(mlp(1, (4,), 1), mse, rule=rule, inner_steps=1, strength=1.0, cg_steps=1, eval_steps=1, tx=optax.sgd(0.1))
 
 
 def test_a_rule_that_it_would_not_learn_is_refused():
