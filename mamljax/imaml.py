@@ -43,7 +43,8 @@ def imaml(
         model: the network; all of its parameters are adapted.
         loss_fn: (outputs, targets) -> scalar, the mean over examples.
         rule: the inner step size, or any Optax transformation that leads to a minimum; it need not be differentiable. A step
-            size above 2 / `strength` leads to none.
+            size above 2 / `strength` leads to none, nor does one that is too large for the loss, which may grow steeper in
+            training: through the steps of `maml` it would learn not to.
         inner_steps: adaptation steps in training; 16 for 5-way Omniglot in the paper, 25 for 20-way.
         strength: lambda, which holds the parameters near those that the task began with; 2 for Omniglot in the paper.
         cg_steps: iterations of conjugate gradient; 5 in the paper.
