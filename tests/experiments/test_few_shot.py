@@ -292,7 +292,10 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--method", "maml", "meta_lstm", "--inner-lr", 2], "--method meta_lstm needs an --inner-lr below 1, got 2.0"),
-        (["--method", "imaml", "--inner-lr", 1], "--method imaml needs an --inner-lr below 2 / --strength, 1, as larger steps"),
+        (
+            ["--method", "imaml", "--inner-lr", 1, "--strength", 4],
+            "--method imaml needs an --inner-lr below 2 / --strength, 0.5, as larger steps",
+        ),
         (["--method", "context"], "--method context needs a --network with convolutions, got fully_connected"),
         (["--begin-with", "nowhere"], "nowhere holds no training run of few_shot.py. One is in OUT/checkpoints/METHOD"),
         (
