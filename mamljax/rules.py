@@ -20,6 +20,10 @@ class RuleLearningModel(Model):
     """A model that has the parameters of a learned inner rule among its own; for use with the rule that came with it."""
 
 
+class StepwiseRule(optax.GradientTransformation):
+    """The rule of `learned_by_step`, which needs all of its model's parameters together."""
+
+
 Rule: TypeAlias = float | Array | optax.GradientTransformation  # a step size stands for gradient descent
 PROBED_STEPS = 8  # rectified Adam changes its rule within the first few
 
@@ -214,7 +218,7 @@ def learned_by_step(
         step_sizes = jax.tree.map(jnp.zeros_like, params["step_sizes"])
         return {"theta": theta, "step_sizes": step_sizes, "step": jnp.ones_like(params["step"])}
 
-    return RuleLearningModel(init, apply), optax.stateless(advance)
+    return RuleLearningModel(init, apply), StepwiseRule(*optax.stateless(advance))
 
 
 def _step_index(step: Array, length: int) -> Array:
@@ -232,14 +236,18 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
         rule: what the others follow, a step size or an Optax transformation, but not that of `learned_by_step`.
 
     Raises:
-        ValueError: the step size is not positive and finite; where it is used, a name that no parameter and no layer has, or
-            names that leave nothing to adapt.
+        ValueError: the step size is not positive and finite, or the rule is that of `learned_by_step`; where it is used, a name
+            that no parameter and no layer has, or names that leave nothing to adapt.
 
     >>> params = {"Dense_0": {"kernel": jnp.ones(2)}, "Norm_0": {"shift": jnp.ones(2)}}
     >>> rule = all_but(["shift"], 0.5)
     >>> rule.update(params, rule.init(params), params)[0]["Norm_0"]["shift"].tolist()
     [0.0, 0.0]
     """
+    if isinstance(rule, StepwiseRule):
+        raise ValueError(
+            "all_but cannot divide the rule of learned_by_step. Name what is not to be adapted there, as per_step."
+        )
     frozen = {frozen} if isinstance(frozen, str) else {*frozen}
 
     def labels(params: PyTree) -> PyTree:

@@ -216,6 +216,11 @@ def test_what_steps_can_not_have_of_their_own_is_refused():
             learned_by_step(SCALED, step_size, 2)
 
 
+def test_all_but_does_not_divide_a_rule_by_step():
+    with pytest.raises(ValueError, match="all_but cannot divide the rule of learned_by_step. Name what is not to be adapted"):
+        all_but("Dense_0", learned_by_step(mlp(1, (4,), 1), 0.1, 2)[1])
+
+
 def test_all_but_leaves_the_named_parameters_to_the_outer_loop():
     params = {"Conv": {"kernel": jnp.ones(2)}, "Norm": {"shift": jnp.ones(2), "scale": jnp.ones(2)}}
 
