@@ -19,6 +19,7 @@ from few_shot_presets import (
     MAML,
     PRESETS,
     TRANSFER,
+    TUNED,
     Method,
     Options,
     cell,
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
-TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tuning is tuned
 
 
 def execute(options: Options, run: runner.Run) -> None:

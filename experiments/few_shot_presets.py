@@ -25,6 +25,7 @@ Method = Literal[
 MAML = ("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "meta_lstm")  # they learn to adapt
 # What they learn is more than the network of the options.
 MORE_THAN_A_NETWORK = ("context", "meta_sgd", "maml++", "meta_lstm", "siamese", "mann", "neural_statistician")
+TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tuning is tuned
 TRANSFER = ("fine_tuning", "nearest_neighbour")  # they train a classifier over all training classes
 
 
@@ -145,6 +146,15 @@ class Options(runner.Options):
         "precision",  # it depends on the device, of which there may be another by then
     )
     may_be_zero = ("seed", "steps", "damping")
+    only_for = {
+        **dict.fromkeys(("inner_lr", "inner_steps"), MAML),
+        **dict.fromkeys(("eval_steps", "test_steps"), (*MAML, *TUNED)),
+        **dict.fromkeys(("strength", "cg_steps", "damping"), ("imaml",)),
+        "differentiation": [method for method in MAML if method not in ("fomaml", "imaml", "meta_lstm")],
+        "context_channels": ("context",),
+        "multi_step_updates": ("maml++",),
+        "tuning_lrs": TUNED,
+    }
 
     def check(self) -> None:
         """Raise `ValueError` unless all are in range, and go together with each other and with every method."""

@@ -1,10 +1,21 @@
-"""Joining the other processes of a run with `--distributed`."""
+"""The devices of a run, and the other processes with `--distributed`."""
 
+import contextlib
+import dataclasses
 import os
 import sys
+import tempfile
 import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
 
 import jax
+
+from mamljax.checks import check_count
+from mamljax.devices import is_first_host
+
+AnyOptions = TypeVar("AnyOptions")  # those of `runner.Options`, at least
 
 REMEDY = "Start as many as JAX_NUM_PROCESSES says, each with its own JAX_PROCESS_ID, all with one JAX_COORDINATOR_ADDRESS."
 
@@ -40,3 +51,22 @@ def join_processes(seconds: int) -> None:
         raise ValueError(f"{failure}: {error} {REMEDY}") from error
     finally:
         timer.cancel()
+
+
+@contextlib.contextmanager
+def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
+    """Make the devices and join the processes that were asked for; files of all but the first are temporary.
+
+    Raises:
+        ValueError: the other processes cannot be joined.
+    """
+    if options.devices is not None:
+        check_count("--devices", options.devices)
+        with contextlib.suppress(RuntimeError):  # something has been computed already: there are as many as there are
+            jax.config.update("jax_num_cpu_devices", options.devices)
+    if options.distributed:
+        join_processes(options.join_seconds)
+    with contextlib.ExitStack() as stack:
+        if not is_first_host():
+            options = dataclasses.replace(options, out=Path(stack.enter_context(tempfile.TemporaryDirectory())))
+        yield options

@@ -14,7 +14,7 @@ import runner
 from jax import Array
 
 from mamljax import report
-from mamljax.evaluate import evaluate, mean_and_ci95
+from mamljax.evaluate import evaluate, mean_and_ci95, normalised
 from mamljax.figures import legend_below, new_figure
 from mamljax.models import gaussian_policy, with_context
 from mamljax.record import read_metrics
@@ -28,6 +28,7 @@ from mamljax.rules import all_but
 from mamljax.types import MetaLearner, Metrics, State
 
 ADAPTING = ("maml", "fomaml", "promp", "context")  # in training already
+BY_TRPO = ("maml", "fomaml", "context", "pretrained", "oracle")  # unless --outer says otherwise
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
 FIRST = "return of the first of the trajectories in a row"
 METRICS = ("return", "return_of_first", "unstable")
@@ -101,6 +102,12 @@ class Options(runner.Options):
 
     free = (*runner.Options.free, "tuning_lrs", "chunk_size", "eval_trajectories")
     may_be_zero = (*runner.Options.may_be_zero, "discount", "gae_lambda", "promp_kl_weight")
+    only_for = {
+        **dict.fromkeys(("inner_lr", "inner_steps", "multi_step_loss"), ADAPTING),
+        **dict.fromkeys(("outer", "max_kl", "damping", "cg_steps", "hvp"), BY_TRPO),
+        **dict.fromkeys(("promp_steps", "promp_clip", "promp_kl_weight"), ("promp",)),
+        "context_size": ("context",),
+    }
 
 
 class Trained(NamedTuple):
@@ -270,14 +277,8 @@ def rows_of(
     return rows
 
 
-def normalised(returns: np.ndarray, pretrained: np.ndarray, oracle: np.ndarray) -> np.ndarray:
-    """(method - pretrained) / (oracle - pretrained) of means over tasks, [seeds, 1, S + 1]; NaN unless the oracle is better."""
-    method, low, high = (values.mean(1, keepdims=True) for values in (returns, pretrained, oracle))
-    return np.where(high > low, method - low, np.nan) / (high - low)
-
-
 def normalised_published(method: str, published: Mapping[str, Sequence[float]]) -> dict[int, float]:
-    """The same of published numbers, by step."""
+    """The normalised returns that published numbers come to, by step."""
     if not {method, "pretrained", "oracle"} <= published.keys():
         return {}
     arrays = (np.reshape(published[name], (1, 1, -1)) for name in (method, "pretrained", "oracle"))

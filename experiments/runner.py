@@ -13,17 +13,16 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
 import tyro
-from processes import join_processes
+from processes import join_devices
 
 from mamljax import report
 from mamljax.checks import check_count
@@ -78,6 +77,7 @@ class Options:
         *("devices", "distributed", "join_seconds"),
     )
     may_be_zero = ("seed",)
+    only_for = {}  # options for which some methods alone have a use, with these methods
 
     def check(self) -> None:
         """Raise `ValueError` unless counts are 1 or more and sizes positive, or zero where they may, and all go together."""
@@ -97,6 +97,11 @@ class Options:
                 raise ValueError(f"{flag} must have at least one value.")
             if name in ONCE and len({*value}) < len(value):
                 raise ValueError(f"{flag} must not have the same value twice, got {' '.join(map(str, value))}.")
+
+    def without_effect(self, preset: "Options") -> list[str]:
+        """Options that differ from those of the preset, and for which none of the methods has a use."""
+        changed = [name for name in self.only_for if getattr(self, name) != getattr(preset, name)]
+        return [name for name in changed if {*self.only_for[name]}.isdisjoint(self.method)]
 
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
@@ -213,6 +218,8 @@ def main(
         The exit code: 0 for success, 2 for an error, 130 after Ctrl-C.
     """
     options = parse(presets, sys.argv[1:] if argv is None else argv)
+    for name in options.without_effect(presets[options.preset]):
+        print(f"note: --{name.replace('_', '-')} has no effect on --method {' '.join(options.method)}", file=sys.stderr)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "mamljax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -271,25 +278,6 @@ def run_script(experiment: str, presets: Mapping[str, AnyOptions], execute: Call
         sys.stderr.flush()
         os._exit(code)  # what Ctrl-C has left of a program under way may make an orderly exit crash
     sys.exit(code)
-
-
-@contextlib.contextmanager
-def join_devices(options: AnyOptions) -> Iterator[AnyOptions]:
-    """Make the devices and join the processes that were asked for; files of all but the first are temporary.
-
-    Raises:
-        ValueError: the other processes cannot be joined.
-    """
-    if options.devices is not None:
-        check_count("--devices", options.devices)
-        with contextlib.suppress(RuntimeError):  # something has been computed already: there are as many as there are
-            jax.config.update("jax_num_cpu_devices", options.devices)
-    if options.distributed:
-        join_processes(options.join_seconds)
-    with contextlib.ExitStack() as stack:
-        if not is_first_host():
-            options = dataclasses.replace(options, out=Path(stack.enter_context(tempfile.TemporaryDirectory())))
-        yield options
 
 
 def parse(presets: Mapping[str, AnyOptions], argv: Sequence[str]) -> AnyOptions:

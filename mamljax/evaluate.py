@@ -120,3 +120,20 @@ def mean_and_ci95(values: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     if len(samples) == 1:
         return mean, np.full_like(mean, np.nan)
     return mean, quantile * samples.std(axis=0, ddof=1) / np.sqrt(len(samples))
+
+
+def normalised(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """(values - low) / (high - low) of means over tasks, to compare returns with those of two other methods.
+
+    Args:
+        values: [seeds, tasks, S + 1].
+        low, high: [seeds, tasks, S + 1], or 1 in the place of S + 1, such as those of a baseline and of an oracle.
+
+    Returns:
+        [seeds, 1, S + 1], NaN where `high` is not the higher of the two.
+
+    >>> normalised(np.full((1, 2, 1), 3.0), np.zeros((1, 2, 1)), np.full((1, 2, 1), 4.0)).tolist()
+    [[[0.75]]]
+    """
+    means, lowest, highest = (each.mean(1, keepdims=True) for each in (values, low, high))
+    return np.where(highest > lowest, means - lowest, np.nan) / (highest - lowest)

@@ -14,9 +14,12 @@ import adapt
 import few_shot
 import jax
 import jax.numpy as jnp
+import locomotion
+import navigation
 import numpy as np
 import pytest
 import runner
+import sinusoid
 from few_shot_data import load
 from few_shot_learners import build_learner, build_network, network_and_rule, outer_optimiser, set_precision
 from few_shot_presets import Method, eval_queries
@@ -312,6 +315,21 @@ def test_bad_input_is_one_message(images, banks, tmp_path, capfd, argv, message)
     errors = capfd.readouterr().err
     assert message in errors
     assert "Traceback" not in errors
+
+
+def test_options_of_other_methods_are_noted(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(runner, "Run", lambda experiment, options: None)
+    argv = ["--method", "siamese", "maml", "--strength", "3", "--inner-lr", "0.3", "--multi-step-updates", "5000"]
+    assert runner.main("few_shot", few_shot.PRESETS, lambda options, run: None, argv) == 0
+    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note:")]
+    assert notes == ["note: --strength has no effect on --method siamese maml"]
+
+
+@pytest.mark.parametrize("experiment", [few_shot, locomotion, navigation, sinusoid])
+def test_every_preset_has_options_of_its_own_methods(experiment):
+    for options in experiment.PRESETS.values():
+        assert options.only_for.keys() <= vars(options).keys()
+        assert {method for methods in options.only_for.values() for method in methods} <= {*get_args(experiment.Method)}
 
 
 def test_presets_state_the_settings_of_the_paper():
