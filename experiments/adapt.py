@@ -45,7 +45,9 @@ class Options:
     query: Path
     """Directory of the images to classify, in folders or not. Networks normalise by the images that they see together: each
     is seen with the support images, so that its prediction depends on no other."""
-    method: Literal["maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "meta_lstm", "pretrained"] = "maml"
+    method: Literal["maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "meta_lstm", "pretrained"] = (
+        "maml"
+    )
     """Which of the run's networks."""
     steps: int | None = None
     """Adaptation steps; by default as many as the run's --test-steps."""

@@ -50,9 +50,9 @@ def build_network(options: Options, ways: int | None, *, further_channels: int =
 
 
 def network_and_rule(method: Method, options: Options, rule: Rule) -> tuple[Model, optax.GradientTransformation]:
-    """Build the network as a method adapts it, and what it adapts by the rule: all parameters but those of normalisation.
+    """Build the network as a method adapts it, and the rule of what it adapts.
 
-    Implicit MAML adapts these too.
+    That is all parameters but those of normalisation; by implicit MAML these as well, held near their start.
     """
     features, network = (build_network(options, ways) for ways in (None, options.ways))
     below, all_layers = (jax.eval_shape(model.init, jax.random.key(0)).keys() for model in (features, network))

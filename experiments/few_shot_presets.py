@@ -39,12 +39,12 @@ class Options(runner.Options):
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil), all but that
     (boil) or nothing but further channels of the image (context), that learns a step size for each parameter (meta_sgd) or
-    for each layer and step (maml++), or that differentiates a minimum, not the way there (imaml, implicit MAML); an LSTM
-    that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one network for all episodes, an untrained
-    one; and a classifier over all training classes, with its output layer renewed and everything fine-tuned, or its features
-    compared. Matching, siamese and prototypical networks, and a memory module, learn
-    from episodes to compare, a memory-augmented network (mann) to write down and look up, and a neural statistician to draw
-    images like those of a class (give it several --queries)."""
+    for each layer and step (maml++), or that differentiates a minimum, not the way there (imaml, implicit MAML; needs
+    many small steps, as its presets have them); an LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as
+    0.01); one network for all episodes, an untrained one; and a classifier over all training classes, with its output layer
+    renewed and everything fine-tuned, or its features compared. Matching, siamese and prototypical networks, and a memory
+    module, learn from episodes to compare, a memory-augmented network (mann) to write down and look up, and a neural
+    statistician to draw images like those of a class (give it several --queries)."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""
@@ -164,7 +164,7 @@ class Options(runner.Options):
         if "imaml" in self.method and not self.inner_lr * self.strength < 2:
             raise ValueError(
                 f"--method imaml needs an --inner-lr below 2 / --strength, {2 / self.strength:g}, as larger steps lead to no "
-                f"minimum; got {self.inner_lr}. Give 0.1, and --inner-steps and --test-steps 16, for example."
+                f"minimum; got {self.inner_lr}. Lower either, or begin with --preset omniglot-5w1s-imaml."
             )
         if "context" in self.method and self.network == "fully_connected":
             raise ValueError(
@@ -202,6 +202,8 @@ PLUS = {"method": ("maml++",), "steps": 50_000, "num_tasks": 8, "inner_steps": 5
 PLUS |= {"norm": "scale_and_shift", "annealing": 50_000, "differentiation": "mixed"}
 MINI_PLUS = MINI | PLUS | {"num_tasks": 2, "filters": 48, "inner_lr": 0.01, "multi_step_updates": 7_500, "clip": 10}
 MINI_PLUS |= {"eval_queries": 15}
+# Steps, their size and meta-updates as in Rajeswaran et al.'s code, whose normalisation learns a scale as well, whose Adam has
+# an epsilon of 0.001, and whose tasks are 200,000 drawn beforehand. --strength and --damping were chosen here.
 IMAML = {"method": ("imaml",), "steps": 20_000, "inner_lr": 0.1, "inner_steps": 16, "test_steps": 16, "eval_steps": 16}
 TWENTY_WAY_IMAML = IMAML | {"ways": 20, "num_tasks": 16, "inner_steps": 25, "test_steps": 25, "eval_steps": 25}
 # --clip: the authors clip at 10 the gradient of a loss that is summed over N Q queries and divided by K; here it is their

@@ -218,8 +218,6 @@ def main(
         The exit code: 0 for success, 2 for an error, 130 after Ctrl-C.
     """
     options = parse(presets, sys.argv[1:] if argv is None else argv)
-    for name in options.without_effect(presets[options.preset]):
-        print(f"note: --{name.replace('_', '-')} has no effect on --method {' '.join(options.method)}", file=sys.stderr)
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(user_cache() / "mamljax"))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
@@ -229,7 +227,11 @@ def main(
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         with join_devices(options) as options:
-            execute(options, Run(experiment, options))
+            begins = not (options.out / "config.json").exists()  # what goes on needs the options with which it began
+            run = Run(experiment, options)
+            for name in options.without_effect(presets[options.preset]) if begins and is_first_host() else ():
+                print(f"note: --{name.replace('_', '-')} has no effect on --method {' '.join(options.method)}", file=sys.stderr)
+            execute(options, run)
     except KeyboardInterrupt as stop:
         print(f"{str(stop) or 'stopped'}. The same command goes on from there.", file=sys.stderr)
         return 130

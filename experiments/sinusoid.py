@@ -92,7 +92,7 @@ class Options(runner.Options):
     tuning_lrs: tuple[float, ...] = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
     """Step sizes to choose from for fine-tuning, by the mean error over all steps on validation tasks."""
 
-    only_for = {"differentiation": ("maml",), "batch_size": ("reptile",), **dict.fromkeys(("task_steps", "penalty"), PENALTIES)}
+    only_for = {"differentiation": ("maml",), "batch_size": ("reptile",), "task_steps": PENALTIES, "penalty": [*PENALTIES][1:]}
     free = (*runner.Options.free, "eval_shots", "eval_steps", "eval_tasks", "eval_queries", "tuning_lrs")  # logged at most
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -28,8 +29,9 @@ def check_counts(**counts: int) -> None:
 
 def check_positive(name: str, value: float, hint: str = "") -> None:
     """Raise `ValueError` unless `value` is a positive and finite number; `hint` says what to do instead."""
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}. {hint}".rstrip())
+    is_number = isinstance(value, numbers.Real | Array | np.ndarray) and jnp.ndim(value) == 0 and not isinstance(value, bool)
+    if not (is_number and math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} must be positive and finite, got {value!r}. {hint}".rstrip())
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:

@@ -13,7 +13,7 @@ from jax.scipy.sparse.linalg import cg
 from mamljax.checks import check_count, check_metric_fns, check_positive, check_task
 from mamljax.maml import fine_tune, learning_curve
 from mamljax.outer import meta_learner
-from mamljax.rules import Rule, RuleLearningModel, as_rule, rule_for
+from mamljax.rules import PROBED_STEPS, Rule, RuleLearningModel, as_rule, rule_for
 from mamljax.types import Examples, LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 
@@ -70,8 +70,8 @@ def imaml(
     check_count("cg_steps", cg_steps, "Without any it is maml() in first order.")
     check_count("eval_steps", eval_steps)
     check_positive("strength", strength)
-    if damping != 0:
-        check_positive("damping", damping, "For none pass 0.")
+    if not 0 <= damping < float("inf"):
+        raise ValueError(f"damping must be at least 0 and finite, got {damping}.")
     check_metric_fns(metric_fns)
     if isinstance(model, RuleLearningModel):
         raise ValueError(
@@ -96,7 +96,8 @@ def imaml(
             return optax.tree.add_scale(v, 1 / (strength + damping), hessian(v))
 
         meta_gradient, _ = cg(damped, slope, tol=0.0, maxiter=cg_steps)
-        # Zero, but for its derivative.
+        meta_gradient = optax.tree.add_scale(meta_gradient, 0.0, slope)  # cg makes zero of a slope that is not finite
+        # The last term is zero, but for its derivative.
         return loss + optax.tree.vdot(lax.stop_gradient(meta_gradient), optax.tree.sub(params, start))
 
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
@@ -107,9 +108,14 @@ def imaml(
 
 def _check_adapts_all(rule: optax.GradientTransformation, params: PyTree) -> None:
     """Raise `ValueError` if the rule leaves some parameters as they are: in these there is no minimum to differentiate."""
-    ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), params)
-    changes, _ = rule.update(ones, rule.init(ones), ones)
-    if not all(isinstance(leaf, Tracer) or leaf.any() for leaf in jax.tree.leaves(changes)):
+    slopes = jax.tree.map(lambda leaf: jnp.arange(1, leaf.size + 1, dtype=leaf.dtype).reshape(leaf.shape), params)
+
+    def step(opt: PyTree, _: None) -> tuple[PyTree, PyTree]:
+        changes, opt = rule.update(slopes, opt, slopes)
+        return opt, jax.tree.map(jnp.any, changes)
+
+    _, moves = lax.scan(step, rule.init(slopes), length=PROBED_STEPS)  # the first may do nothing, to warm up
+    if not all(isinstance(leaf, Tracer) or leaf.any() for leaf in jax.tree.leaves(moves)):
         raise ValueError("imaml adapts all parameters, and the rule leaves some as they are. Pass one for all, or use maml().")
 
 

@@ -233,7 +233,8 @@ def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransforma
         frozen: names on the paths of parameters: ("shift", "scale") for those of every `image_models.BatchStatNorm`; all layers
             but the last for ANIL (arXiv 1909.09157), the last alone for BOIL (arXiv 2008.08882). Several names joined by "/",
             as in "encoder/Dense_0", are of what lies so within another.
-        rule: what the others follow, a step size or an Optax transformation, but not that of `learned_by_step`.
+        rule: what the others follow, a step size or an Optax transformation, but not that of `learned_by_step`, nor a chain
+            that has it.
 
     Raises:
         ValueError: the step size is not positive and finite, or the rule is that of `learned_by_step`; where it is used, a name

@@ -24,7 +24,7 @@ def meta_gradient(model, params, tasks, **settings):
 
 
 def test_the_meta_gradient_of_linear_regression_is_the_closed_form():
-    """With damping, and for a penalty that holds one parameter less than the data move it."""
+    """With damping."""
     rng = np.random.default_rng(0)
     support, query = (rng.normal(size=(1, 6, 2)) for _ in range(2))
     (y, query_y), start = rng.normal(size=(2, 1, 6)), rng.normal(size=2)
@@ -101,8 +101,9 @@ def test_evaluation_is_held_near_the_start():
     ("settings", "message"),
     [
         ({"strength": 0.0}, "strength must be positive and finite, got 0.0"),
+        ({"strength": "2"}, "strength must be positive and finite, got '2'"),
         ({"strength": float("inf")}, "strength must be positive and finite, got inf"),
-        ({"damping": -1.0}, "damping must be positive and finite, got -1.0. For none pass 0."),
+        ({"damping": -1.0}, "damping must be at least 0 and finite, got -1.0"),
         ({"rule": 0.0}, "the inner step size must be positive and finite"),
     ],
 )
@@ -110,6 +111,23 @@ def test_settings_out_of_range_are_refused(settings, message):
     sizes = {"inner_steps": 1, "strength": 1.0, "cg_steps": 1, "eval_steps": 1, "rule": 0.1} | settings
     with pytest.raises(ValueError, match=message):
         imaml(mlp(1, (4,), 1), mse, tx=optax.sgd(0.1), **sizes)
+
+
+@pytest.mark.parametrize(
+    "rule", [optax.sgd(optax.linear_schedule(0.0, 0.1, 5)), optax.chain(optax.centralize(), optax.sgd(0.1))]
+)
+def test_a_rule_that_at_first_or_to_equal_gradients_does_nothing_is_taken(rule):
+    imaml(mlp(3, (4,), 1), mse, rule=rule, inner_steps=1, strength=1.0, cg_steps=1, eval_steps=1, tx=optax.sgd(0.1))
+
+
+def test_a_gradient_that_is_not_finite_is_not_lost():
+    """Where the query set is fitted exactly, the root of the error has no derivative."""
+    model = Model(lambda key: jnp.zeros((1, 1)), lambda params, x: x @ params)
+    x = jnp.ones((1, 3, 1))
+    tasks = Task(Examples(x, 0 * x), Examples(x, 0 * x))
+    sizes = {"rule": 0.1, "inner_steps": 1, "strength": 1.0, "cg_steps": 2, "eval_steps": 1}
+    learner = imaml(model, lambda outputs, y: jnp.sqrt(mse(outputs, y)), tx=optax.sgd(0.1), **sizes)
+    assert jnp.isnan(learner.update(KEY, learner.init(KEY), tasks)[1]["grad_norm"])
 
 
 def test_a_rule_that_adapts_some_parameters_alone_is_refused():

@@ -12,6 +12,7 @@ from typing import get_args
 
 import adapt
 import few_shot
+import few_shot_learners
 import jax
 import jax.numpy as jnp
 import locomotion
@@ -317,19 +318,19 @@ def test_bad_input_is_one_message(images, banks, tmp_path, capfd, argv, message)
     assert "Traceback" not in errors
 
 
-def test_options_of_other_methods_are_noted(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(runner, "Run", lambda experiment, options: None)
+def test_options_of_other_methods_are_noted(tmp_path, capfd):
     argv = ["--method", "siamese", "maml", "--strength", "3", "--inner-lr", "0.3", "--multi-step-updates", "5000"]
-    assert runner.main("few_shot", few_shot.PRESETS, lambda options, run: None, argv) == 0
-    notes = [line for line in capfd.readouterr().err.splitlines() if line.startswith("note:")]
-    assert notes == ["note: --strength has no effect on --method siamese maml"]
+    for notes in (["note: --strength has no effect on --method siamese maml"], []):  # at the beginning alone
+        assert runner.main("few_shot", few_shot.PRESETS, lambda options, run: None, [*argv, "--out", str(tmp_path)]) == 0
+        assert [line for line in capfd.readouterr().err.splitlines() if line.startswith("note:")] == notes
 
 
 @pytest.mark.parametrize("experiment", [few_shot, locomotion, navigation, sinusoid])
 def test_every_preset_has_options_of_its_own_methods(experiment):
     for options in experiment.PRESETS.values():
-        assert options.only_for.keys() <= vars(options).keys()
-        assert {method for methods in options.only_for.values() for method in methods} <= {*get_args(experiment.Method)}
+        assert not options.without_effect(type(options)())
+    assert options.only_for.keys() <= vars(options).keys()
+    assert {method for methods in options.only_for.values() for method in methods} <= {*get_args(experiment.Method)}
 
 
 def test_presets_state_the_settings_of_the_paper():
@@ -455,6 +456,17 @@ def test_what_a_method_adapts(method, moves):
         if np.any(change):
             parts.add({"Conv3x3": "body", "Dense_0": "head"}.get(part, part))
     assert parts == moves
+
+
+def test_implicit_maml_is_held_as_the_options_say(monkeypatch):
+    options = dataclasses.replace(few_shot.PRESETS["omniglot-5w1s-imaml"], strength=3.0, damping=7.0, cg_steps=4)
+    _, rule = network_and_rule("imaml", options, 0.1)
+    update, _ = rule.update({"w": jnp.zeros(2)}, rule.init({"w": jnp.ones(2)}), {"w": jnp.full(2, 3.0)})
+    np.testing.assert_allclose(update["w"], -0.1 * 3 * (3 - 1), rtol=1e-6)
+    settings = {}
+    monkeypatch.setattr(few_shot_learners, "imaml", lambda network, loss_fn, **given: settings.update(given))
+    build_learner("imaml", options, 5, eval_steps=3, rule=0.1)
+    assert [settings[name] for name in ("rule", "strength", "damping", "cg_steps")] == [0.1, 3.0, 7.0, 4]
 
 
 @pytest.mark.parametrize("method", get_args(Method))
