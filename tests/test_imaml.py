@@ -117,7 +117,7 @@ def test_settings_out_of_range_are_refused(settings, message):
     "rule", [optax.sgd(optax.linear_schedule(0.0, 0.1, 5)), optax.chain(optax.centralize(), optax.sgd(0.1))]
 )
 def test_a_rule_that_at_first_or_to_equal_gradients_does_nothing_is_taken(rule):
-    imaml(mlp(3, (4,), 1), mse, rule=rule, inner_steps=1, strength=1.0, cg_steps=1, eval_steps=1, tx=optax.sgd(0.1))
+    imaml(mlp(3, (4,), 2), mse, rule=rule, inner_steps=1, strength=1.0, cg_steps=1, eval_steps=1, tx=optax.sgd(0.1))
 
 
 def test_a_gradient_that_is_not_finite_is_not_lost():
