@@ -13,7 +13,7 @@ from jax.scipy.sparse.linalg import cg
 from mamljax.checks import check_count, check_metric_fns, check_positive, check_task
 from mamljax.maml import fine_tune, learning_curve
 from mamljax.outer import meta_learner
-from mamljax.rules import PROBED_STEPS, Rule, RuleLearningModel, as_rule, rule_for
+from mamljax.rules import PROBED_STEPS, Rule, RuleLearningModel, rule_for
 from mamljax.types import Examples, LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
 
 
@@ -77,7 +77,7 @@ def imaml(
         raise ValueError(
             "imaml goes through no step, and so learns nothing of a rule. Pass the network itself and a fixed rule."
         )
-    rule = as_rule(rule_for(model, rule, differentiable=False))
+    rule = rule_for(model, rule, differentiable=False)
     _check_adapts_all(rule, jax.eval_shape(model.init, jax.random.key(0)))
     held = optax.chain(held_near_start(strength), rule)
 
