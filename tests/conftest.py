@@ -6,16 +6,28 @@ What one test compiled, the next one and the scripts that tests start read from 
 
 import gc
 import os
+import subprocess
+import sys
 import tempfile
 
-# Programs compile in a fraction of the usual time, to which most of the suite's time goes; those that differ in length may
-# round differently.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes --xla_cpu_use_fusion_emitters=false"
-    + " --xla_cpu_parallel_codegen_split_count=1"  # the two workers keep two cores busy
-)
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers inherit the environment
+    # Programs compile in a fraction of the usual time, to which most of the suite's time goes; those that differ in length may
+    # round differently.
+    _FLAGS = [
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+        "--xla_cpu_use_fusion_emitters=false",  # not in jaxlib 0.12
+        "--xla_cpu_parallel_codegen_split_count=1",  # the two workers keep two cores busy
+    ]
+    # jaxlib ends a process that has flags which it does not know, and names them.
+    _TRIAL = subprocess.run(
+        [sys.executable, "-c", "import jax; jax.devices()"],
+        env=os.environ | {"XLA_FLAGS": " ".join(_FLAGS), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    _KNOWN = [flag for flag in _FLAGS if flag not in _TRIAL.stderr]
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_KNOWN])
     _CACHE = tempfile.TemporaryDirectory(prefix="mamljax-tests-", ignore_cleanup_errors=True)  # goes when the suite ends
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name
 
