@@ -130,6 +130,7 @@ def see(params: PyTree, state: Controller, example: Array) -> Controller:
     heads, width = state.read.shape
     inputs = jnp.concatenate([example, state.read.reshape(-1), state.hidden])
     out, cell = lstm(params["lstm"]["kernel"], params["lstm"]["bias"], inputs, state.cell)
+    # Of each head its key [d], its gate, and how sharply it reads.
     by_head = _linear(params["heads"], out).reshape(heads, width + 2)
     keys, gate = jnp.tanh(by_head[:, :width]), jax.nn.sigmoid(by_head[:, width])
     sharpness = 1 + jax.nn.softplus(by_head[:, -1])

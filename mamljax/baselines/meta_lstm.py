@@ -61,6 +61,7 @@ def meta_lstm(model: Model, inner_lr: float, *, hidden: int = 20) -> tuple[Model
             "lstm_kernel": small(lstm_key, (2 + hidden, 4 * hidden)),
             "lstm_bias": jnp.zeros((1, 4 * hidden)),
             "input_kernel": small(input_key, (hidden + 2,)),
+            # The gate is a sigmoid: of the step size's logit it makes the step size.
             "input_bias": jnp.float32(math.log(inner_lr / (1 - inner_lr))),
             "forget_kernel": small(forget_key, (hidden + 2,)),
             "forget_bias": jnp.float32(KEPT),

@@ -81,6 +81,7 @@ def prototypical(
         support, query = features_of(features, params, task)
         members = jax.nn.one_hot(task.support.y, ways, axis=0)  # [N, N * K]
         counts = members.sum(1, keepdims=True)
+        # Divided by 1 where a class has no support examples, as NaN would get into the gradient of all classes.
         prototypes = members @ support / jnp.maximum(counts, 1)
         return jnp.where(counts[:, 0] > 0, -((query[:, None] - prototypes[None]) ** 2).sum(-1), -jnp.inf)
 
@@ -136,6 +137,7 @@ def cosine_similarity(a: Array, b: Array) -> Array:
 
 def unit(vectors: Array) -> Array:
     """Vectors [..., d] scaled to length 1; zero stays zero."""
+    # The small number is within the root, whose derivative is infinite at zero.
     return vectors / jnp.sqrt((vectors**2).sum(-1, keepdims=True) + 1e-12)
 
 

@@ -87,6 +87,7 @@ def multi_task(
 
     def half_squared_distance(params: PyTree, task: Task) -> Array:
         check_task(task)
+        # The first weights have no gradient, and so stay as they are.
         first, mean = lax.stop_gradient((params["first"], params["mean"]))
         return squared_distance(params["mean"], trained(first, mean, task)) / 2
 

@@ -104,8 +104,10 @@ def neural_statistician(
     def compare(params: PyTree, task: Task) -> Array:
         network, (support, query) = _applied(models, params), features_of(features, params["features"], task)
         classes = contexts(network, support, jax.nn.one_hot(task.support.y, ways, axis=0))
+        # Each query example is a set by itself.
         queries = contexts(network, query, jnp.eye(len(query)))
         one_by_one = jax.tree.map(lambda leaf: leaf[:, None], queries)
+        # [N, c] against [n, 1, c]: each class with each query example.
         return -classes.kl_divergence(one_by_one)
 
     evaluate = evaluation(compare, loss_fn, metric_fns)
@@ -123,6 +125,7 @@ def negative_bound(network: Networks, images: Array, members: Array, noise: Nois
     errors = optax.losses.sigmoid_binary_cross_entropy(logits, images.reshape(len(images), -1)).sum(1)
     of_example = errors + of_latent.kl_divergence(_normal(network["prior"](context)))
     of_class = posterior.kl_divergence(Gaussian(*jnp.zeros((2, *noise.context.shape))))
+    # Examples without a label are members of no class, and do not count.
     return (members.sum(1) @ of_example + of_class.sum()) / members.sum()
 
 

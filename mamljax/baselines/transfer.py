@@ -54,6 +54,7 @@ def fine_tuning(
     rule = rule_for(new_model, rule, differentiable=False)
 
     def evaluate(key: Array, state: State, task: Task) -> Metrics:
+        # A new output layer for each task, and below it the features as they were trained.
         params = new_model.init(key) | {"features": state.params["features"]}
         return learning_curve(new_model, loss_fn, params, task, rule, eval_steps, metric_fns=metric_fns)
 

@@ -125,6 +125,7 @@ def verify(bank: Bank) -> None:
 
 
 def _make_bank(directory: Path, source: Source) -> None:
+    # Made beside its place and renamed when it is whole, so that a bank which is there can be trusted.
     draft = directory.with_name(directory.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)  # of a process that was killed
     draft.mkdir()

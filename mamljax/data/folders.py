@@ -51,6 +51,7 @@ def image_folders(data_dir: str | Path, cache_dir: str | Path | None = None, *, 
             f"cannot read {error.filename or data_dir}: {error.strerror}. Pass the directory of the class folders with "
             "--data-dir."
         ) from error
+    # In the name of the bank: it is another one when a file changes, or how it is decoded.
     digest = hashlib.sha256(repr((DECODING, size, channels, state)).encode()).hexdigest()
     return prepared_bank(f"folders-{digest[:16]}", lambda: _source(classes, size, channels), cache_dir)
 
@@ -93,6 +94,7 @@ def _find_classes(data_dir: Path) -> dict[str, list[Path]]:
                 f"{data_dir} holds {', '.join(further)} beside {', '.join(SPLITS)}. Move it into one of these, or away."
             )
     elif present := [part for part in SPLITS if part in folders]:
+        # A part was forgotten, more likely than that a class is called so.
         missing = [part for part in SPLITS if part not in folders]
         raise DataError(
             f"{data_dir} holds {' and '.join(present)}, but no {' and no '.join(missing)}. Divide the class folders among all "
@@ -162,6 +164,7 @@ def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
 
     def read(index: int) -> np.ndarray:
         images = np.stack([decode(file, size=size, channels=channels, name=file, draft=True) for file in files[index]])
+        # An image that lies in two parts would be trained on and tested with.
         for file, image in zip(files[index], images, strict=True) if "/" in names[index] else ():
             part = names[index].split("/")[0]
             other_part, other = seen.setdefault(hashlib.sha256(image).digest(), (part, file))  # by several threads

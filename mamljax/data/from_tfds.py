@@ -39,6 +39,7 @@ def read_examples(builder: Any, split: str) -> Iterator[dict[str, Any]]:
     """Read the examples of a split in the order in which they are stored, images as the bytes of their files."""
     import tensorflow_datasets as tfds
 
+    # One file after the other, which is the order that was stored; and no copy of the whole data set in memory.
     config = tfds.ReadConfig(interleave_cycle_length=1, try_autocache=False)
     decoders = {"image": tfds.decode.SkipDecoding()}
     yield from tfds.as_numpy(builder.as_dataset(split=split, read_config=config, decoders=decoders))

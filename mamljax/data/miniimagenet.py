@@ -109,6 +109,7 @@ def _from_tfds() -> Source:
 
     def read(index: int) -> np.ndarray:
         split = names[index].split("/")[0]
+        # Classes lie there one after the other, as nothing was shuffled: each is a slice of its split.
         first = IMAGES * [name for name in names if name.startswith(f"{split}/")].index(names[index])
         examples = list(read_examples(builder, f"{TFDS_SPLITS[split]}[{first}:{first + IMAGES}]"))
         if {example["label"] for example in examples} != {index}:

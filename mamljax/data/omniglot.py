@@ -154,10 +154,12 @@ def _in_archive_order(examples: Iterable[Mapping[str, Any]], split: str, alphabe
     File names are not stored, but the order is that of the MD5 hashes of the split and a key that holds the file name, such
     as "Greek_0_0394_01.png" for `Greek/character01/0394_01.png`. So the order tells the names.
     """
+    # The characters in the order in which they are stored.
     found, pngs = [], []
     for example in examples:
         found.append((alphabets[example["alphabet"]], int(example["alphabet_char_id"]), int(example["label"])))
         pngs.append(example["image"])
+    # The names that their files must have had, in the order of the hashes.
     stored = []
     for character in set(found):
         alphabet, number, label = character
@@ -165,6 +167,7 @@ def _in_archive_order(examples: Iterable[Mapping[str, Any]], split: str, alphabe
             key = f"{alphabet}_{number}_{label + 1:04d}_{drawing:02d}.png"
             stored.append((hashlib.md5(f"{split}{key}".encode()).digest(), key, character))
     stored.sort()
+    # It is the same order only if names and hashes are what they are taken for here.
     if [character for *_, character in stored] != found:
         return None
     contents: Contents = {}

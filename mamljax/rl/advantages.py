@@ -48,8 +48,10 @@ def linear_baseline(observations: Array, time: Array, returns: Array, mask: Arra
         ridge: lambda; 1e-5 in the authors' code.
     """
     phi = features(observations, time)
+    # Rows of zeros, for steps that do not count, make no difference to the fit.
     design = (phi * mask[..., None]).reshape(-1, phi.shape[-1])
     weights = _ridge_regression(design, (returns * mask).reshape(-1), jnp.sqrt(ridge))
+    # In float32 whatever the default is, which on accelerators is less.
     return jnp.matmul(phi, weights, precision="float32") * mask
 
 

@@ -92,6 +92,7 @@ def locomotion(
 
 def _measuring(build_engine: Callable[..., Engine], model: Any, settings: Protocol, threads: int | None) -> Engine:
     planar = is_planar(model)
+    # Where joints alone tell the centre of mass, the engine is not asked for it.
     measures = tuple(name for name in settings.measures if not (planar and name in PLANAR_MEASURES))
     engine = build_engine(model, frame_skip=settings.frame_skip, measures=measures, threads=threads)
     return with_planar_centre_of_mass(engine, model) if len(measures) < len(settings.measures) else engine

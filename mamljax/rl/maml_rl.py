@@ -173,6 +173,7 @@ def _adapted_policies(
     batches: Batch,
 ) -> Distribution:
     """What the policies do that are judged, each in the states of its own batch, every leaf [J, T, E, ...]."""
+    # Of S + 1 batches, each of the policy after as many steps, the last is only judged.
     before = jax.tree.map(lambda leaf: leaf[:-1], batches)
     _, path = adapt(inner_loss, params, before, rule, differentiation=differentiation)
     adapted, after = jax.tree.map(lambda leaf: leaf[first_step:], (path, batches))

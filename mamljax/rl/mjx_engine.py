@@ -42,6 +42,7 @@ def mjx_engine(model: Any, *, frame_skip: int, measures: tuple[str, ...] = (), t
         if measures:  # at the new state; XLA drops what is not used of it
             evaluated = mjx.rne_postconstraint(device_model, mjx.subtree_vel(device_model, mjx.forward(device_model, data)))
         measured = {name: _measured(evaluated, MEASURES[name]) for name in measures}
+        # MJX does not say when it diverges: `locomotion` looks at the numbers themselves.
         return Simulation(data.qpos, data.qvel, measured, jnp.bool_(True), data.qacc_warmstart)
 
     def start(position: Array, velocity: Array) -> Simulation:

@@ -62,6 +62,7 @@ class _Stepper:
     def __init__(self, model: Any, frame_skip: int, measures: tuple[str, ...], threads: int) -> None:
         mujoco = import_mujoco()
         self.failure, self.frame_skip, self.measures = mujoco.batch.SimulationError, frame_skip, measures
+        # How far the new state is evaluated after the steps: no further than the measures need.
         self.stage = mujoco.mjtStage.mjSTAGE_NONE.value
         if measures:
             forces = any(MEASURES[name].forces for name in measures)
@@ -72,6 +73,7 @@ class _Stepper:
         self.splits = (model.nq, model.nq + model.nv)
         self.batch_of = functools.lru_cache(KEPT_BATCHES)(functools.partial(self._batch, model, threads))
         self.lock = threading.Lock()  # compiled programs may run at the same time
+        # A callback must promise its shapes: they are read off a first simulation.
         first = self.start(model.qpos0, np.zeros(model.nv))
         self.shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), first)
 
@@ -87,6 +89,7 @@ class _Stepper:
         return self._run(rows, None)
 
     def advance(self, resume: Array, control: Array) -> Simulation:
+        # [..., nq + 2 nv, 2] words of 32 bits are [..., nq + 2 nv] doubles again.
         rows = np.ascontiguousarray(resume).view(np.float64)[..., 0]
         return self._run(rows, np.asarray(control))
 
@@ -98,6 +101,7 @@ class _Stepper:
             batch.time[:] = LATE
             batch.ctrl[:] = 0 if control is None else control.reshape(len(rows), -1)
             batch.qpos[:], batch.qvel[:], batch.qacc_warmstart[:] = np.split(rows, self.splits, axis=1)
+            # Warnings are counted on from call to call: what counts is whether this one adds to them.
             warned = batch.warning[:, self.alarms, 1].sum(1)
             try:
                 if control is None:

@@ -40,6 +40,7 @@ def with_planar_centre_of_mass(engine: Engine, model: Any) -> Engine:
     def measure(simulation: Simulation) -> Simulation:
         angle, rate = ((turns * joints[None]).sum(1) for joints in (simulation.position, simulation.velocity))
         cos, sin, (x, z) = jnp.cos(angle), jnp.sin(angle), levers
+        # A turn about y takes (x, z) to (x cos + z sin, z cos - x sin). The velocity is the derivative of that.
         centre = simulation.position[:2] + place + _sums(x * cos + z * sin, z * cos - x * sin)
         velocity = simulation.velocity[:2] + _sums(rate * (z * cos - x * sin), -rate * (x * cos + z * sin))
         values = (jnp.insert(value, 1, 0.0) for value in (centre, velocity))  # y
@@ -58,10 +59,12 @@ def _sums(x: Array, z: Array) -> Array:
 def _chain(model: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Find the torso's place (x, z) [2], which joints turn each body [bodies, nq], and each body's d [2, bodies]."""
     turns, levers = np.zeros((model.nbody, model.nq)), np.zeros((model.nbody, 3))
+    # In the order of their numbers parents come before their children.
     for body in range(TORSO, model.nbody):
         parent = model.body_parentid[body]
         turns[body] = turns[parent]
         turns[body, model.body_jntadr[body] + model.body_jntnum[body] - 1] = 1.0  # its last joint is its hinge
+        # For itself its own mass, at its centre; for its parent all that hangs on it, at its joint.
         levers[body] += model.body_mass[body] * model.body_ipos[body]
         levers[parent] += model.body_subtreemass[body] * model.body_pos[body]
     levers /= model.body_subtreemass[TORSO]

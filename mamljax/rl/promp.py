@@ -108,6 +108,7 @@ def promp(
         batches = collect_from_all(collect_one, key, state.params, tasks)
         # These steps draw nothing: the key is of no account to them.
         state, seen = lax.scan(lambda state, _: descend.update(key, state, batches), state, length=outer_steps)
+        # Once more, at the new parameters, and without clipping.
         changed = divide(partial(map_tasks, changes, chunk_size=chunk_size), state.params, batches)
         metrics = {**summary(batches), **jax.tree.map(jnp.mean, changed), "grad_norm": seen["grad_norm"][-1]}
         return state, metrics

@@ -49,6 +49,7 @@ def _half_cheetah_gymnasium(simulation: Simulation) -> Array:
 
 def _ant_gymnasium(simulation: Simulation) -> Array:
     """Observe positions but the first two, velocities and clipped contact forces: 105 for ant, as Ant-v5."""
+    # Without the forces on body 0, which is the world.
     return jnp.concatenate([simulation.position[2:], simulation.velocity, clipped_contacts(simulation)[1:].ravel()])
 
 

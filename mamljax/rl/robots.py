@@ -55,6 +55,7 @@ def load_robot(
     model = mujoco.MjModel.from_xml_string(ElementTree.tostring(robot, encoding="unicode"))
     if total_mass is not None:
         mujoco.mj_setTotalmass(model, float(total_mass))
+        # What MuJoCo derives from masses when it loads a model, it must derive anew.
         mujoco.mj_setConst(model, mujoco.MjData(model))
     return model
 

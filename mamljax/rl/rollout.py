@@ -59,6 +59,7 @@ def rollout(
         policy = distribution_of(model, params, observation)
         action = policy.from_noise(noise)
         outcome = jax.vmap(env.step, in_axes=(0, 0, 0, None))(keys, state, action, task)
+        # A step counts if what the policy saw was finite, and what came of its action is.
         taken = seen_well & _finite((outcome.state, outcome.observation, outcome.reward))
         ends = outcome.done | ~taken | (time + 1 == horizon)
         count += ends

@@ -89,12 +89,14 @@ def trpo(
     ) -> tuple[PyTree, TrustRegionState]:
         flat, unravel = ravel_pytree(params)
         gradient = ravel_pytree(grads)[0]
+        # The direction: the natural gradient.
         if hvp == "exact" and kl_product is not None:
             product = lambda vector: ravel_pytree(kl_product(unravel(vector)))[0]  # noqa: E731
         else:
             product = hessian_vector_product(lambda flat: value_and_kl_fn(unravel(flat))[1], flat, hvp)
         direction, residual = conjugate_gradient(lambda v: product(v) + damping * v, gradient, cg_steps)
         curvature = direction @ (gradient - residual)  # x^T A x without another product, as the residual is b - A x
+        # The length: as far as the trust region would reach if the divergence were quadratic.
         full_step = -jnp.sqrt(2 * max_kl / (curvature + 1e-8)) * direction  # 0, not NaN, where the gradient is 0
 
         def attempt(fraction: Array) -> tuple[Array, Array, Array]:
@@ -104,6 +106,7 @@ def trpo(
             factor = jnp.where(kl > max_kl, jnp.maximum(jnp.sqrt(AIM * max_kl / kl), 0.5), backtrack_ratio)
             return (moved_value < value) & (kl <= max_kl), factor, jnp.stack([moved_value - value, kl])
 
+        # As it is not, the step is shortened until it is acceptable.
         fraction, changes = backtrack(attempt, max_backtracks)
         step = jnp.where(fraction > 0, fraction * full_step, 0)  # 0 times a step that is not finite would be NaN
         return unravel(step), TrustRegionState(fraction, *changes)

@@ -45,6 +45,7 @@ class HostTasks:
 
     def __call__(self, key: Array) -> PyTree:
         """Draw one task."""
+        # Under `vmap`, however deep, one call draws the tasks of all keys.
         return jax.pure_callback(self._draw_all, self._types, jax.random.key_data(key), vmap_method="broadcast_all")
 
     def prepare(self, keys: Array) -> Partial:
@@ -62,6 +63,7 @@ class HostTasks:
 
         def stack(of: jax.ShapeDtypeStruct, *leaves: ArrayLike) -> np.ndarray:
             stacked = np.stack(leaves)
+            # Whole numbers may become fractions, as in a task that happens to have none, but not the other way.
             if not np.can_cast(stacked.dtype, of.dtype, "same_kind"):
                 raise ValueError(f"all tasks must have the same kinds of number, got {stacked.dtype} after {of.dtype}.")
             return stacked.astype(of.dtype).reshape((*seeds.shape[:-1], *of.shape))

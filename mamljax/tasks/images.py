@@ -211,6 +211,7 @@ def distinct(bits: Array, total: Array) -> Array:
 
 def turn(images: Array, turns: Array) -> Array:
     """Turn square images [..., H, H, C] by `turns` times 90 degrees."""
+    # All four are made, of which one is taken: under `vmap` a condition would make them all as well.
     turned = [jnp.rot90(images, times, axes=(-3, -2)) for times in range(4)]
     return jax.lax.select_n(turns, *turned)
 
