@@ -47,6 +47,7 @@ class Checkpoints:
                 raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
             options = {"create": False}  # with read_only Orbax would warn that it is
         if jax.process_count() > 1:  # this process alone reads and writes; the others do not wait for it
+            # Orbax makes no directory where it is told which processes are active; `steps` is there already.
             me = jax.process_index()
             alone = {"primary_host": me, "active_processes": {me}, "barrier_sync_key_prefix": "checkpoints"}
             options |= {"multiprocessing_options": ocp.options.MultiprocessingOptions(**alone), "create": False}
@@ -63,6 +64,7 @@ class Checkpoints:
         # As NumPy arrays: JAX's would be parts of global ones, where there are several processes.
         items = ocp.args.Composite(tree=ocp.args.StandardSave(_flat(tree)), seal=ocp.args.JsonSave(seal))
         try:
+            # By force, as Orbax has rules of its own for when a checkpoint is due.
             self._manager.save(step, args=items, force=True)
         except (OSError, ValueError) as error:  # tensorstore reports a full disk as ValueError
             # tensorstore buries the cause under paths and specifications.
@@ -94,8 +96,10 @@ class Checkpoints:
                 print(f"The checkpoint of meta-update {step} in {self.directory} cannot be read ({_in_short(error)}); "
                       "falling back to the one before.", file=sys.stderr)  # fmt: skip
                 continue
+            # Put aside only now that an older one was read: where none can be, they stay where they are.
             for damaged in (s for s in steps if s > step and self.writes):
                 self._put_aside(damaged)
+            # Orbax keeps its own list, and would refuse to save again under the number of one that was moved.
             self._manager.reload()
             return step, _as_jax_arrays(tree, like)
         if steps:
@@ -103,6 +107,7 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, like: PyTree) -> PyTree:
+        # The seal first: where the shapes are of another model, no older checkpoint would do either.
         seal = self._manager.restore(step, args=ocp.args.Composite(seal=ocp.args.JsonRestore()))["seal"]
         plain = jax.eval_shape(_without_keys, like)
         saved, expected = seal["shapes"], _shapes(plain)

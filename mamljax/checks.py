@@ -93,6 +93,7 @@ def leading_length(data: PyTree) -> int:
 def warn_of_constant_tasks(sample: SampleFn, key: Array) -> None:
     """Warn of a sampler that makes nothing of its key: what it draws by other means is drawn once, while JAX traces it."""
     jaxpr = jax.make_jaxpr(sample)(key).jaxpr
+    # A sampler may also return its key as it is, and so use it in no equation.
     used = [*jaxpr.outvars, *(variable for equation in jaxpr.eqns for variable in equation.invars)]
     if not any(variable is jaxpr.invars[0] for variable in used):
         warnings.warn(

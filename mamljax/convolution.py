@@ -60,7 +60,9 @@ def _product_in_parts(rows: Array, filters: Array) -> Array:
     The filters' gradient is small and a sum over all rows, which as one product would leave most of a GPU idle; that of the
     copies is many at once, and their sum, in float32 at least.
     """
+    # As many equal parts as there are of PART_ROWS rows or more.
     parts = next(parts for parts in range(max(1, len(rows) // PART_ROWS), 0, -1) if len(rows) % parts == 0)
+    # Copied in float32, as the derivative of copying is a sum: that of the gradients of all copies.
     summed = filters.astype(jnp.promote_types(filters.dtype, jnp.float32))
     copies = jnp.broadcast_to(summed, (parts, *filters.shape)).astype(filters.dtype)
     return lax.batch_matmul(rows.reshape(parts, -1, rows.shape[1]), copies).reshape(len(rows), -1)
@@ -76,8 +78,11 @@ def by_winograd(weights: Array, x: Array) -> Array:
     """
     n, height, width, _ = x.shape
     rows, columns = -(-height // 2), -(-width // 2)  # of blocks of 2x2 outputs
+    # A border of one, as for any 3x3 kernel, and at the end one more where the outputs are of an odd number.
     x = jnp.pad(x, ((0, 0), (1, 2 * rows - height + 1), (1, 2 * columns - width + 1), (0, 0)))
+    # [16, n, rows, columns, C]: first the 4x4 numbers of each block.
     inputs = jnp.stack([part for by_row in _four_inputs(x, 1) for part in _four_inputs(by_row, 2)])
+    # Weights are transposed for the same reason as in `_product`.
     products = lax.dot_general(inputs.reshape(16, -1, x.shape[-1]), weights.swapaxes(1, 2), (((2,), (2,)), ((0,), (0,))))
     y = [_two_outputs(by_row) for by_row in _two_outputs(products.reshape(4, 4, n, rows, columns, -1))]
     y = jnp.stack([jnp.stack(row, axis=3) for row in y], axis=2)  # [n, rows, 2, columns, 2, F]

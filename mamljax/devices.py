@@ -42,6 +42,7 @@ def task_mesh(devices: Mesh | int | None = None) -> Mesh:
             )
         hosts = range(jax.process_count())
         chosen = [device for host in hosts for device in [d for d in jax.devices() if d.process_index == host][:number]]
+    # Auto: with explicit axes the program itself would have to say how each of its arrays is divided.
     return Mesh(np.array(chosen), ("tasks",), axis_types=(AxisType.Auto,))
 
 
@@ -79,6 +80,7 @@ def mean_over_devices(fn: Callable[[PyTree, PyTree], PyTree], common: PyTree, ta
     if num_shares() == 1:
         return fn(common, tasks)
     check_shares(len(jax.tree.leaves(tasks)[0]), num_shares())
+    # Shares are equal, so that the mean of their means is the mean over all tasks.
     return _on_each_device(lambda *args: lax.pmean(fn(*args), "tasks"), (EVERYWHERE, BY_TASK), EVERYWHERE)(common, tasks)
 
 
@@ -99,6 +101,7 @@ def place(tree: PyTree, mesh: Mesh | None, spec: PartitionSpec = EVERYWHERE) -> 
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
+    # Every host passes what it has, and all of it together is one array.
     return _map_data(lambda leaf: jax.make_array_from_process_local_data(sharding, leaf), tree)
 
 

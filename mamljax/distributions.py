@@ -21,6 +21,7 @@ class Gaussian(NamedTuple):
 
     def from_noise(self, noise: Array) -> Array:
         """Turn standard normal noise [..., a] into samples [..., a]."""
+        # Broadcast by hand: `log_std` may be [a], and a program may have JAX forbid rank promotion.
         return self.mean + jnp.exp(jnp.broadcast_to(self.log_std, self.mean.shape)) * noise
 
     def log_prob(self, x: Array) -> Array:
@@ -76,6 +77,7 @@ class Categorical(NamedTuple):
         0.6931
         """
         log_p, log_q = jax.nn.log_softmax(self.logits), jax.nn.log_softmax(other.logits)
+        # It is for this product that logits must be finite: with -inf it would be 0 times infinity.
         return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 

@@ -33,10 +33,12 @@ def _check_metrics(metrics: dict[str, np.ndarray], done: int, where: str) -> Non
     for name, values in metrics.items():
         bad = np.argwhere(~np.isfinite(values))
         if len(bad):
+            # The first in time, of whichever seed.
             *seed, offset = bad[bad[:, -1].argmin()]
             seeds = f" of seed number {seed[0]}" if len(values) > 1 and seed else ""
             update = done + offset + 1
             remedy = "Lower the inner or the outer step size, or clip the meta-gradient."
+            # Before the first meta-update nothing was learned that could have gone wrong: so look at the data.
             if update == 1:
                 remedy = (
                     "Look for values that are not finite in the data (or observations and rewards), and for labels that do not "

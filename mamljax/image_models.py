@@ -21,6 +21,7 @@ class BatchStatNorm(linen.Module):
 
     use_scale: bool = False  # the authors' code has a shift only
     reference: int | None = None  # how many examples, the first ones, the statistics are of; by default all
+    # The default of TensorFlow's batch_norm, which the authors' code leaves as it is.
     epsilon: float = 1e-3
 
     def __call__(self, x: Array) -> Array:
@@ -95,6 +96,7 @@ class StridedConvNet(linen.Module):
         for _ in range(self.blocks):
             x = linen.relu(self.norm()(Conv3x3(self.filters, stride=2)(x)))
         x = x.mean((1, 2))
+        # The authors draw this layer's weights, and these alone, with a standard deviation of 1.
         return x if self.ways is None else linen.Dense(self.ways, kernel_init=linen.initializers.normal(1.0))(x)
 
 
@@ -123,6 +125,7 @@ class PooledConvNet(linen.Module):
         for _ in range(self.blocks):
             x, statistics = Conv3x3(self.filters)(x, before=activate, then=_pool_and_moments)
             activate = functools.partial(_normalise_and_rectify, self.norm().by_moments(*statistics))
+        # The last block has no next one to apply its normalisation.
         x = activate(x)
         x = x.reshape(len(x), -1)
         return x if self.ways is None else linen.Dense(self.ways, kernel_init=linen.initializers.glorot_uniform())(x)
@@ -163,6 +166,7 @@ class FullyConnectedNet(linen.Module):
     @linen.compact
     def __call__(self, x: Array) -> Array:
         """Classify images [n, H, W, C] in [0, 1]; returns logits [n, ways]."""
+        # As in the authors' code; after it, normalisation brings hidden layers back to scale.
         kernel_init = linen.initializers.truncated_normal(0.01)
         x = x.reshape(len(x), -1)
         for size in self.hidden_sizes:

@@ -87,14 +87,17 @@ def imaml(
         def loss_on(examples: Examples, params: PyTree) -> Array:
             return loss_fn(model.apply(params, examples.x), examples.y)
 
+        # Nothing from here to the last line depends on `params`: the meta-gradient is put in there as a whole.
         start = lax.stop_gradient(params)
         adapted, _ = fine_tune(model, loss_fn, start, task.support, held, inner_steps, unroll_first=chunk_size != 1)
         loss, slope = jax.value_and_grad(partial(loss_on, task.query))(adapted)
+        # Linearised once, for all the products that conjugate gradient asks for.
         hessian = jax.linearize(jax.grad(partial(loss_on, task.support)), adapted)[1]
 
         def damped(v: PyTree) -> PyTree:
             return optax.tree.add_scale(v, 1 / (strength + damping), hessian(v))
 
+        # Without a tolerance, so that all tasks take the same number of iterations.
         meta_gradient, _ = cg(damped, slope, tol=0.0, maxiter=cg_steps)
         meta_gradient = optax.tree.add_scale(meta_gradient, 0.0, slope)  # cg makes zero of a slope that is not finite
         # The last term is zero, but for its derivative.
@@ -108,6 +111,7 @@ def imaml(
 
 def _check_adapts_all(rule: optax.GradientTransformation, params: PyTree) -> None:
     """Raise `ValueError` if the rule leaves some parameters as they are: in these there is no minimum to differentiate."""
+    # No two slopes of an array are alike, so that a rule which takes away their mean leaves something of them.
     slopes = jax.tree.map(lambda leaf: jnp.arange(1, leaf.size + 1, dtype=leaf.dtype).reshape(leaf.shape), params)
 
     def step(opt: PyTree, _: None) -> tuple[PyTree, PyTree]:

@@ -15,6 +15,7 @@ def interruptions() -> Iterator[threading.Event]:
     A signal that the process ignores, as a shell has it for what runs in the background, stays ignored.
     """
     event = threading.Event()
+    # Python lets no other thread set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield event
         return

@@ -54,6 +54,7 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_s
 
             return lax.fori_loop(jnp.maximum(start, first), jnp.minimum(stop, first + ahead), update, carry)
 
+        # All blocks that have updates in this call; the first and the last may reach beyond it.
         return lax.fori_loop(start // ahead, -(-stop // ahead), block, (state, log))
 
     return run
@@ -77,6 +78,7 @@ def _empty_log(shapes: Metrics, length: int) -> Metrics:
 
 def _keys_of_update(key: Array, t: Array, num_tasks: int) -> tuple[Array, Array]:
     """The keys of meta-update t: of its tasks [num_tasks], and of the update itself."""
+    # Of t alone, so that it makes no difference where compiled calls and blocks begin.
     sample_key, update_key = jax.random.split(jax.random.fold_in(key, t))
     return jax.random.split(sample_key, num_tasks), update_key
 
@@ -93,11 +95,13 @@ def sampler_by_update(
         always = place(sample, mesh)
         return lambda start: always, EVERYWHERE
     devices = np.array(jax.local_devices()[:1]) if mesh is None else mesh.devices
+    # A host prepares the tasks of its own devices alone.
     mine = np.flatnonzero([device.process_index == jax.process_index() for device in devices])
 
     @jax.jit
     def task_keys(start: Array) -> Array:
         of_update = jax.vmap(lambda key, t: _keys_of_update(key, t, num_tasks)[0], in_axes=(None, 0))
+        # [seeds, length, num_tasks]; a key alone is one seed.
         keys = jax.vmap(of_update, in_axes=(0, None))(key.reshape(-1), start + jnp.arange(length))
         # Devices first, as the sampler's arrays are divided by their leading axis: each then finds the keys of its own tasks.
         by_device = jnp.moveaxis(keys.reshape(-1, length, len(devices), num_tasks // len(devices)), 2, 0)

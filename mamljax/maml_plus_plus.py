@@ -80,6 +80,7 @@ def maml_plus_plus(
         task, weights = task_and_weights
         check_task(task)
         _, path = adapt_task(params, task.support, rule, inner_steps)
+        # The path begins with the parameters before any step, which do not count.
         adapted = jax.tree.map(lambda leaf: leaf[1:], path)
         return weights @ jax.vmap(lambda params: loss_fn(model.apply(params, task.query.x), task.query.y))(adapted)
 

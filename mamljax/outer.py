@@ -56,6 +56,7 @@ def meta_learner(
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:
         keys = jax.random.split(key, len(jax.tree.leaves(tasks)[0]))
+        # Gathered once: a line search asks for the loss of other parameters on the very same data.
         data = jax.vmap(gather, in_axes=(0, None, 0))(keys, state.params, tasks)
 
         def meta_loss(params: PyTree, data: PyTree) -> Array:

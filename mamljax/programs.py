@@ -36,6 +36,7 @@ def updates(
     learner: MetaLearner, sample: SampleFn, key: Array, num_tasks: int, length: int, mesh: Mesh | None
 ) -> tuple[Callable, Callable[[int], SampleFn | None]]:
     """The program of `length` meta-updates at most, and the function from the first of them to the sampler that it takes."""
+    # A sampler that prepares tasks does so outside of the program, which gets the tasks as arguments.
     closed_over, carried = (None, sample) if hasattr(sample, "prepare") else closed_over_or_carried(sample)
     sampler_from, sampler_spec = sampler_by_update(carried, key, num_tasks, length, mesh)
     return update_program(learner, closed_over, key.shape, num_tasks, length, mesh, sampler_spec), sampler_from
@@ -56,6 +57,7 @@ def update_program(
 
     def run(state: State, key: Array, start: Array, stop: Array, sampler: Partial | None) -> tuple[State, Metrics, PyTree]:
         state, metrics = loop(state, key, start, stop, sampler if sample is None else as_partial(sample))
+        # Found where the parameters lie, which need not be copied to the host for it.
         return state, metrics, jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), state.params)
 
     # The state's memory is used again, so `best` must never share it.
@@ -108,6 +110,7 @@ def _validate(snapshot: Snapshot, validate_fn: Callable[[State], Array]) -> tupl
     error = jnp.asarray(validate_fn(snapshot.state), snapshot.best_error.dtype)
     if error.shape != ():
         raise ValueError(f"validate_fn must return a number for the whole state, got shape {error.shape}. Take the mean.")
+    # An error that is NaN is never better; the first one that is finite always is.
     better = error < snapshot.best_error
     best = optax.tree.where(better, snapshot.state, snapshot.best)
     return Snapshot(snapshot.state, best, jnp.where(better, error, snapshot.best_error)), error

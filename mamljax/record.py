@@ -37,6 +37,7 @@ class Record:
         if self.directory is None:
             return self
         make_directory(self.directory)
+        # Whatever fails in here, the lock is let go; `pop_all` keeps it until the run is left.
         with contextlib.ExitStack() as files, self._writing(where=""):  # of checkpoints nothing is known yet
             try:
                 files.enter_context(filelock.FileLock(self.directory / "lock").acquire(blocking=False))
@@ -58,9 +59,11 @@ class Record:
         done = self.saved_update or 0
         path = self.directory / "metrics.jsonl"
         with self._writing():
+            # Later lines are of meta-updates that will be done, and logged, once more.
             lines = [line for line in read_metrics(path) if line["update"] <= done]
             self.seconds_before = lines[-1]["seconds"] if lines else 0.0
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+            # Written line by line, so that a kill spoils one line at most.
             self.log_file = self.files.enter_context(path.open("a", buffering=1))
             if self.tensorboard:
                 writer = _summary_writer(self.directory / "tensorboard", purge_step=done + 1)

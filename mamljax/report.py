@@ -73,6 +73,7 @@ def environment(num_devices: int = 1) -> dict[str, Any]:
     versions = {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}}
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
+        # The commit of the script that runs, whatever directory it was started from.
         place = Path(sys.argv[0]).resolve().parent
         git = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False).stdout
     except OSError:  # no git here

@@ -68,6 +68,7 @@ def checked_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.G
 def _check_updates(rule: optax.GradientTransformation, params: PyTree, *, differentiable: bool) -> None:
     """Take a few steps with gradients as they occur; raise `ValueError` if the rule fails, or its derivative is not finite."""
 
+    # A scalar, so that its gradient has the derivatives of all updates of the first few steps.
     def total_update(gradient: PyTree, params: PyTree) -> Array:
         def step(opt: PyTree, _: None) -> tuple[PyTree, Array]:
             updates, opt = rule.update(gradient, opt, params)
@@ -77,6 +78,7 @@ def _check_updates(rule: optax.GradientTransformation, params: PyTree, *, differ
 
     ones = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), params)
     try:
+        # That the rule works at all shows from shapes, without computing anything.
         if not differentiable:
             jax.eval_shape(total_update, ones, ones)
             return
@@ -89,7 +91,7 @@ def _check_updates(rule: optax.GradientTransformation, params: PyTree, *, differ
             f"the inner rule looks for {error} in the parameters, and there is none. A learned rule goes with the model that "
             "was returned with it: pass both."
         ) from error
-    # Of a traced step size nothing can be known.
+    # Of a traced step size nothing can be known, nor of any rule while JAX traces what calls this.
     if not all(isinstance(leaf, Tracer) or np.isfinite(leaf).all() for leaf in derivatives):
         raise ValueError(
             "the inner rule has no finite derivative where entries or whole arrays of the gradient are zero, so meta-gradients "
@@ -163,6 +165,7 @@ def learned_step_sizes(model: Model, inner_lr: float) -> tuple[Model, optax.Grad
         return {"theta": theta, "alpha": jax.tree.map(lambda leaf: jnp.full_like(leaf, inner_lr), theta)}
 
     def step(gradient: PyTree, params: PyTree) -> PyTree:
+        # The step sizes stay as they are here: they are for the outer loop alone to learn.
         theta = jax.tree.map(lambda alpha, leaf: -alpha * leaf, params["alpha"], gradient["theta"])
         return {"theta": theta, "alpha": jax.tree.map(jnp.zeros_like, params["alpha"])}
 
@@ -202,6 +205,7 @@ def learned_by_step(
     def init(key: Array) -> PyTree:
         theta = jax.tree.map(lambda leaf, own: jnp.stack([leaf] * (inner_steps + 1)) if own else leaf, model.init(key), by_step)
         step_sizes = jax.tree.map(lambda leaf: jnp.full(inner_steps, inner_lr, leaf.dtype), theta)
+        # A parameter, and no state of the rule: the network needs it too, to choose what is its own after each step.
         return {"theta": theta, "step_sizes": step_sizes, "step": jnp.zeros(())}
 
     def apply(params: PyTree, x: Array) -> Array:

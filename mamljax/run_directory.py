@@ -40,6 +40,7 @@ def claim_directory(
     config = {name: _json_value(name, value) for name, value in config.items()}
     if not path.exists():
         _write_config(path, config)
+    # Read back even where it was just written: another process may have come between.
     saved = {name: value for name, value in read_config(directory).items() if name not in free}
     found = {**defaults, **saved}
     keys = [key for key in sorted(config.keys() | found.keys()) if not _are_equal(config.get(key), found.get(key))]
@@ -58,6 +59,7 @@ def claim_directory(
 
 
 def _are_equal(value: Any, other: Any) -> bool:
+    # A larger whole number would lose digits as a float, and then equal others.
     def number(text: str) -> int | float:
         return float(text) if abs(int(text)) < 2**53 else int(text)
 

@@ -110,10 +110,12 @@ def fit(
     length = min(every)  # of a compiled call
     run, sampler_from = updates(learner, sample, key, num_tasks, length, mesh)
     validate, check_validation = validations(validate_fn, key.shape, mesh)
+    # Only with the same key and as many tasks does a checkpoint go on as it would have.
     config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=int(num_tasks))
     with contextlib.ExitStack() as stack:
         record = stack.enter_context(Record(directory if is_first_host() else None, config, tensorboard=tensorboard))
         interrupted = stack.enter_context(interruptions())
+        # The first host alone has files. All go on from what it has read there, or else from its first state.
         done, snapshot = from_first_host(record.restore(start_program(learner, key.shape)(key)))
         done, snapshot, key = int(done), place(snapshot, mesh), place(key, mesh)
         _check_done(done, num_updates, directory)
@@ -126,14 +128,17 @@ def fit(
             record.save(done, take_back(snapshot, mesh))
 
         started, sampler, enough = time.monotonic(), sampler_from(done), False
+        # Hosts end the loop together: one that went on alone would wait for the gradients of the others for ever.
         while done < num_updates and not any_host(enough or interrupted.is_set() or time.monotonic() - started >= max_seconds):
             stop = min(num_updates, *(done + n - done % n for n in every))  # the next multiple of one of them
             state, metrics, finite = run(snapshot.state, key, done, stop, sampler)
             # While the device computes:
             if stop < num_updates:
                 sampler = sampler_from(stop)
+            # By shapes alone, as the memory of this state is already in use for the next one.
             if validated:  # what is wrong with `validate_fn` should not show hours later
                 check_validation(snapshot)
+            # This waits for the device, and raises before a state that is not finite can be validated or saved.
             line = finite_means(metrics, finite, done, stop, record.where)
             snapshot = snapshot._replace(state=state)
             if validated and (stop % validate_every == 0 or stop == num_updates):
@@ -193,7 +198,9 @@ def read_best(learner: MetaLearner, directory: str | Path, *, seed: int | None =
     config = read_config(Path(directory))
     if "key" not in config:
         raise CheckpointError(f"{directory} is none that `fit` was given. A script's are OUT/checkpoints/METHOD.")
+    # The last axis of a key's data are the words of one key.
     seeds = np.shape(config["key"])[:-1]
+    # To read what was saved, shapes are enough: no state is drawn here.
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
     by_seed = functools.partial(vmap_over_seeds, seeds)
     saved = Checkpoints(directory, None).restore(jax.eval_shape(by_seed(functools.partial(first_snapshot, learner)), key))
