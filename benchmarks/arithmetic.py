@@ -126,4 +126,5 @@ def _of_convolution(equation: Any) -> Product:
     kernel_axes = equation.params["dimension_numbers"].rhs_spec
     kernel, out = equation.invars[1].aval, equation.outvars[0].aval
     features = kernel.shape[kernel_axes[0]]
+    # Of each group as many rows as outputs of one channel, each the product of a patch with the filters.
     return Product(groups, out.size // features, kernel.size // features, features // groups)

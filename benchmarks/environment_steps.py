@@ -65,6 +65,7 @@ def rollouts(environment: Environment, *, num_tasks: int, trajectories: int, hor
     def of_task(key: Array) -> Array:
         params_key, task_key, key = jax.random.split(key, 3)
         params, task = model.init(params_key), environment.sample_task(task_key)
+        # Weights that differ from task to task, as after adaptation: no product takes in all trajectories at once.
         return jax.vmap(trajectory, (0, None, None))(jax.random.split(key, trajectories), params, task)
 
     run = jax.jit(jax.vmap(of_task))

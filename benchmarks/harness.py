@@ -34,6 +34,7 @@ def medians(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str,
     times = {name: [] for name in runs}
     for run in runs.values():  # compile
         jax.block_until_ready(run())
+    # In turns: if the machine is slow for a while, it is so for all of them.
     for _ in range(repeats):
         for name, run in runs.items():
             times[name].append(milliseconds(run))

@@ -145,6 +145,7 @@ def measure(options: Options) -> list[report.Row]:
     """Rows of each environment and number of iterations: seconds, and how far the loss falls."""
     rows = []
     for name in options.tasks:
+        # The paper's sizes, or those of the options, on as many devices as divide the tasks.
         sizes = {"num_tasks": 20, "horizon": 100} if name == "navigation" else {"num_tasks": 40, "horizon": 200}
         sizes |= {size: getattr(options, size) for size in sizes if getattr(options, size) is not None}
         devices = options.devices or max(n for n in range(1, jax.device_count() + 1) if sizes["num_tasks"] % n == 0)
@@ -155,6 +156,7 @@ def measure(options: Options) -> list[report.Row]:
         num_tasks = sizes.pop("num_tasks")
         sizes["trajectories"] = options.trajectories
         environment = navigation() if name == "navigation" else locomotion(name)
+        # Whole meta-updates and the environment's steps, timed in turns.
         learners = {
             f"{steps} conjugate gradient iterations": build_maml(environment, trpo(0.01, cg_steps=steps), **sizes)
             for steps in options.cg_steps
@@ -167,6 +169,7 @@ def measure(options: Options) -> list[report.Row]:
         runs["the environment alone"] = environment_steps(environment, num_tasks=num_tasks, devices=devices, **sizes)
         seconds = {method: milliseconds / 1e3 for method, milliseconds in harness.medians(runs, options.repeats).items()}
         seconds["the environment alone"] *= 2  # before and after adaptation
+        # The products alone: how many there are, at the rate that the machine reaches on their sizes.
         counts = {
             f"{steps} iterations": products_of_trpo(environment, cg_steps=steps, num_tasks=num_tasks, **sizes)
             for steps in options.cg_steps
@@ -184,6 +187,7 @@ def measure(options: Options) -> list[report.Row]:
         rows += [
             report.Row(method=method, metric="seconds per meta-update", mean=mean, **shared) for method, mean in seconds.items()
         ]
+        # How far the loss falls, from the same policy on the same trajectories.
         falls = {method: -float(runs[method]()[1]["surrogate"]) for method in learners}
         rows += [
             report.Row(method=method, metric="fall of the loss in the first meta-update", mean=mean, **shared)

@@ -87,6 +87,7 @@ def train(mesh: Mesh | None, options: Options) -> Training:
     state, sample, key = place((learner.init(key), episodes(images, ways=5, shots=1, queries=1), key), mesh)
     seconds = []
     with on(mesh):
+        # Compiled beforehand: no call takes longer for it, and the program's text is there to be searched.
         run = jax.jit(meta_updates(learner, options.num_tasks, length)).lower(state, key, 0, length, sample).compile()
         for start in range(0, options.updates, length):
             began = time.perf_counter()
@@ -110,6 +111,7 @@ def train_on_processes(options: Options) -> Training:
     Raises:
         ValueError: one of them failed, or they took too long.
     """
+    # A port that is free now, where the processes will meet.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -124,6 +126,7 @@ def train_on_processes(options: Options) -> Training:
         except subprocess.TimeoutExpired as error:
             raise ValueError(f"{options.processes} processes did not end within {options.timeout_seconds} s.") from error
         finally:
+            # Also where only one has failed: the others would wait for it.
             for process in started:
                 process.kill()
         if any(codes):

@@ -86,6 +86,7 @@ def start(command: Sequence[str], directory: Path, environment: dict[str, str], 
     with printed.open("w") as file:
         process = subprocess.Popen([*command, "--out", str(out)], env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
+        # The files that it writes tell how far it is, so that the scripts are timed as they are.
         reached = [_wait(process, place, began, timeout) for place in (out / "config.json", training / "config.json")]
         reached.append(_wait(process, training / "metrics.jsonl", began, timeout))
     except TimeoutError as error:

@@ -118,6 +118,7 @@ def compare(problem: Problem, options: Options) -> list[report.Row]:
     """Rows of one meta-batch: tasks per second with each input, the wait for it, and the share of the product rate."""
     learner = build_learner(problem, problem.differentiation)
     update, *arguments = one_update(problem, learner)
+    # As many meta-updates as take about --seconds, by the time of one.
     updates = 1 + int(1e3 * options.seconds / harness.medians({"": lambda: update(*arguments)}, 1)[""])
     samplers = inputs(problem, options)
     times = {name: [] for name in samplers}
@@ -127,6 +128,7 @@ def compare(problem: Problem, options: Options) -> list[report.Row]:
             times[name] += seconds_per_update(learner, sample, problem, **run)
     medians = {name: statistics.median(values) for name, values in times.items()}
     counted = arithmetic.products(learner.update, *arguments)
+    # What a meta-update would take if it were nothing but its products, at full rate.
     shortest = arithmetic.flops(counted) / arithmetic.product_rate(counted, options.repeats)
     protocol = f"median of {options.repeats} trainings, {options.measurements} times about {options.seconds:g} s each"
     rows = []

@@ -38,6 +38,7 @@ class Arithmetic(NamedTuple):
 def strided_conv(params: Params, x: Tensor) -> Tensor:
     """`image_models.StridedConvNet` of images [n, C, H, W]; logits [n, ways]."""
     for block in range(4):
+        # As XLA pads for "SAME", which PyTorch does not have for strides: an odd one more at the end.
         missing = [max((-(-size // 2) - 1) * 2 + 3 - size, 0) for size in (x.shape[3], x.shape[2])]
         x = functional.pad(x, [side for pad in missing for side in (pad // 2, pad - pad // 2)])
         x = functional.relu(_normalised(params, block, x, stride=2))

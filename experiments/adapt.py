@@ -71,6 +71,7 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     steps = run.test_steps if options.steps is None else options.steps
     check_count("--steps", steps)
     lr = run.inner_lr if options.inner_lr is None else options.inner_lr
+    # The images: those with labels, a folder for each class, and those to classify.
     folders = sorted(path for path in listed(options.support) if path.is_dir())
     if len(folders) != run.ways:
         alternative = f", or train with --ways {len(folders)}." if len(folders) > 1 else "."
@@ -85,11 +86,13 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
     support = Examples(load([file for of_class in files for file in of_class], run), labels)
 
+    # The network as it was trained, and then adapted to the images with labels.
     set_precision(run)
     trained = read_trained(options.checkpoint / "checkpoints" / options.method, run.ways)
     network, rule = network_and_rule(options.method, run, lr)
     adapted, _ = fine_tune(network, cross_entropy, trained.params, support, rule, steps)
 
+    # An image by itself is seen beside the support images, by which the network normalises; it is the last of them.
     def logits(x: jax.Array) -> jax.Array:
         return network.apply(adapted, jnp.concatenate([support.x, x[None]]))[-1]
 
@@ -97,6 +100,7 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     def probabilities_of(images: jax.Array) -> jax.Array:
         return jax.nn.softmax(jax.lax.map(logits, images))
 
+    # Not all files at once: there may be more of them than memory holds.
     starts = range(0, len(queries), AT_A_TIME)
     probabilities = np.concatenate([probabilities_of(load(queries[start : start + AT_A_TIME], run)) for start in starts])
     if not np.isfinite(probabilities).all():

@@ -51,6 +51,7 @@ def execute(options: Options, run: runner.Run) -> None:
     if options.begin_with is not None:
         begun_with = read_trained(options.begin_with, data.num_classes)
         check_begin_with(begun_with, options, data.parts)
+    # Results say of which images they are.
     run.config["bank"] = data.checksum
     rows, trained = [], {}
     for method in options.method:
@@ -65,6 +66,7 @@ def execute(options: Options, run: runner.Run) -> None:
         mean, ci95 = mean_and_ci95(100 * scores)
         notes = [] if begun_with is None else [f"from {begun_with}"]
         notes += [f"step size {lr:g}"] if method in TUNED else []
+        # Where no steps are taken the published number stands beside the only one.
         published_step = PUBLISHED_STEPS.get(method, options.test_steps) if len(mean) > 1 else 0
         published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
         rows += report.rows_over_steps(
@@ -80,6 +82,7 @@ def execute(options: Options, run: runner.Run) -> None:
             note=", ".join(notes),
             **run.effort(method, best=True) | {"meta_updates": num_updates},
         )
+        # Of the first seed, whose episodes are drawn below.
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
     results = run.write(rows)
     report.learning_curves(results, options.out / "learning_curves.png")
@@ -97,6 +100,7 @@ def train(method: Method, options: Options, run: runner.Run, data: Data, begun_w
     if begun_with is not None and method in TRANSFER:
         return begun_with.state, begun_with.num_updates
     classes = data.parts if options.dataset == "folder" else None  # the others have class lists of their own
+    # What decides how the training goes, and is in no option.
     config = {"bank": data.checksum, "classes": classes, "begun_with": None if begun_with is None else begun_with.sources}
     if begun_with is not None:
         learner = learner._replace(init=beginning_with(begun_with, learner.init))
@@ -115,6 +119,7 @@ def train(method: Method, options: Options, run: runner.Run, data: Data, begun_w
 def accuracies(learner: MetaLearner, states: State, sample: SampleFn, *, num_tasks: int, chunk_size: int, seed: int) -> Array:
     """Accuracy of states [seeds] on the query sets, before and after each step: [seeds, num_tasks, S + 1]."""
     scores = []
+    # One seed after the other, in the memory that one takes.
     for index in range(len(jax.tree.leaves(states)[0])):
         state = jax.tree.map(lambda leaf, index=index: leaf[index], states)
         key = jax.random.key(seed)

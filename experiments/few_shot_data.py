@@ -39,6 +39,7 @@ def load(options: Options) -> Data:
     else:
         bank = image_folders(options.data_dir, options.cache_dir, size=options.image_size, channels=options.channels)
         split = split_folders(bank.names)
+    # As in the paper, after Santoro et al. 2016: a character that is turned is another character.
     rotations = options.dataset == "omniglot"
     shared = {"ways": options.ways, "shots": options.shots, "rotations": rotations}
 
@@ -59,6 +60,7 @@ def load(options: Options) -> Data:
             raise ValueError(f"the {part} split, {len(classes)} of {len(bank.names)} classes: {error}") from error
         return inductive(sample) if options.statistics == "inductive" else sample
 
+    # Classifiers over all training classes learn from batches as large as an episode.
     classifier_sample = None
     if set(TRANSFER) & set(options.method):
         batch_size = options.ways * (options.shots + options.queries)

@@ -55,6 +55,7 @@ def network_and_rule(method: Method, options: Options, rule: Rule) -> tuple[Mode
     That is all parameters but those of normalisation; by implicit MAML these as well, held near their start.
     """
     features, network = (build_network(options, ways) for ways in (None, options.ways))
+    # The names of the layers: without the output layer, and with it.
     below, all_layers = (jax.eval_shape(model.init, jax.random.key(0)).keys() for model in (features, network))
     frozen = NORM_PARAMETERS[options.norm]
     match method:
@@ -113,6 +114,7 @@ def build_learner(method: Method, options: Options, num_classes: int, *, eval_st
             return maml_plus_plus(network, cross_entropy, multi_step_updates=multi_step_updates, **learning, **shared)
         case "imaml":
             sizes = {"inner_steps": options.inner_steps, "strength": options.strength, "cg_steps": options.cg_steps}
+            # The rule itself: `imaml` adds what holds parameters near their start, as `network_and_rule` does for `adapt.py`.
             how = {"rule": rule, "damping": options.damping, "eval_steps": eval_steps}
             return imaml(network, cross_entropy, **how, **sizes, **shared)
         case "pretrained" | "random":

@@ -76,6 +76,7 @@ def read_trained(directory: Path, num_classes: int) -> Trained:
     own = {"dataset": options.dataset, "split": options.split, "classes": classes}
     sizes = {"eval_steps": options.test_steps, "rule": options.inner_lr}
     learner = build_learner(method, options, len(classes) or num_classes, **sizes)
+    # Before its first meta-update a network has learned from no class.
     sources = (config.get("begun_with") or []) + ([own] if num_updates > 0 else [])
     return Trained(method, options, read_best(learner, directory), num_updates, best_update(directory), sources)
 
@@ -97,6 +98,7 @@ def check_begin_with(trained: Trained, options: Options, parts: Mapping[str, Seq
     if (transfer := [method for method in options.method if method in TRANSFER]) and trained.method not in TRANSFER:
         needed = " or ".join(TRANSFER)
         raise CheckpointError(f"--begin-with must be of {needed} for --method {' '.join(transfer)}, not {trained}.")
+    # It must be the network of this run, but for the output layer.
     old, new = (
         {f"--{name}": getattr(each, name) for name in ("network", "filters", "norm", "statistics")}
         | {"images of": list(image_shape(each))}
@@ -104,6 +106,7 @@ def check_begin_with(trained: Trained, options: Options, parts: Mapping[str, Seq
     )
     if differences := [f"{name} {old[name]}, here {new[name]}" for name in old if old[name] != new[name]]:
         raise CheckpointError(f"--begin-with has another network ({trained}): {'; '.join(differences)}. Give the same.")
+    # None of the classes that it learned from may be for validation or test here.
     for source in trained.sources:
         seen = sorted(_comparable(source["classes"], parts) & _comparable([*parts["val"], *parts["test"]], parts))
         other_split = source["dataset"] == options.dataset == "omniglot" and source["split"] != options.split

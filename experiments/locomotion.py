@@ -101,6 +101,7 @@ def execute(options: Options, run: runner.Run) -> None:
     try:
         env = locomotion(options.task, protocol=options.protocol, engine=options.engine)
     except ImportError as error:
+        # Of a `ValueError` that a script raises `runner.main` shows the message alone.
         raise ValueError(str(error)) from error
     trained = reinforcement.run_methods(
         options, run, env, setting=options.task, protocol=options.protocol, published=PUBLISHED[options.task], source=SOURCE

@@ -100,6 +100,7 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
         adapt = functools.partial(collect_and_adapt, collector, rule, options.eval_steps)
         batches = jax.jit(jax.vmap(lambda key, goal, adapt=adapt, params=params: adapt(key, params, goal)))(keys, goals)
         steps = batches.trajectories
+        # A row goes on with another trajectory where one ends; the first of each is drawn.
         of_first = jax.vmap(jax.vmap(lambda steps: steps.first))(steps)
         for axes, goal, observations, first in zip(line, goals, steps.observations, of_first, strict=True):
             for step, colour in DRAWN_STEPS.items():

@@ -91,6 +91,7 @@ class Options:
                     raise ValueError(f"{flag} must be {least} and finite, got {item}.")
                 if isinstance(item, int) and not isinstance(item, bool):
                     check_count(flag, item, minimum=int(name not in self.may_be_zero))
+                    # Sizes and counts are numbers of 32 bits in JAX; of these two it sees no more than what is reached.
                     if item >= 2**31 and name not in ("steps", "validate_every"):
                         raise ValueError(f"{flag} must be below 2**31, got {item}.")
             if value == ():
@@ -124,6 +125,7 @@ class Run:
         options.check()
         self.experiment, self.options, self.results = experiment, options, {}
         self.config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
+        # What decides how the trainings go; an option that came later counts as its default in an earlier run.
         fixed = {name: value for name, value in self.config.items() if name not in options.free}
         defaults = {field.name: field.default for field in dataclasses.fields(options) if field.name in fixed}
         claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults, free=options.free)
@@ -284,6 +286,7 @@ def run_script(experiment: str, presets: Mapping[str, AnyOptions], execute: Call
 
 def parse(presets: Mapping[str, AnyOptions], argv: Sequence[str]) -> AnyOptions:
     """Read options from a command line, on top of those of its `--preset`; exits with code 2 if it is malformed."""
+    # Read twice, as the preset decides on the defaults that the command line changes, and --help shows.
     beforehand = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     beforehand.add_argument("--preset", nargs="?")
     default = presets.get(beforehand.parse_known_args(argv)[0].preset) or next(iter(presets.values()))
