@@ -276,7 +276,12 @@ def _was_raised_here(error: ValueError) -> bool:
 
 def run_script(experiment: str, presets: Mapping[str, AnyOptions], execute: Callable[[AnyOptions, Run], None]) -> NoReturn:
     """Run `main` on the command line of this process, and end the process with its exit code."""
-    code = main(experiment, presets, execute)
+    try:
+        code = main(experiment, presets, execute)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on: --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains at its exit
+        code = 141  # as of others that a closed pipe ends
     if code == 130:
         sys.stdout.flush()
         sys.stderr.flush()

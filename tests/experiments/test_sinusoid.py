@@ -375,3 +375,11 @@ def test_help_explains_every_option(capsys):
     for field in sinusoid.Options.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
     assert text.count("(default:") >= len(sinusoid.Options.__dataclass_fields__)
+
+
+def test_help_may_be_cut_short_by_its_reader():
+    command = [sys.executable, SCRIPT, "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `head` does
+        assert not process.stderr.read()
+        assert process.wait() == 141
