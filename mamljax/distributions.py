@@ -1,4 +1,7 @@
-"""Probability distributions: normal ones of vectors, and choices among a few. Each class is one, or a batch of them."""
+"""Probability distributions: normal ones of vectors, and choices among a few.
+
+A value of either type is one distribution, or a batch of them.
+"""
 
 import math
 from typing import NamedTuple, TypeAlias

@@ -12,7 +12,8 @@ from typing import Any
 def interruptions() -> Iterator[threading.Event]:
     """Turn the first Ctrl-C or SIGTERM into an event, so that the update under way can be finished and saved.
 
-    A signal that the process ignores, as a shell has it for what runs in the background, stays ignored.
+    A signal that the process ignores, as a shell has it for what runs in the background, stays ignored; one that is handled
+    outside of Python, in a program that embeds it, is left to that.
     """
     event = threading.Event()
     # Python lets no other thread set handlers.
@@ -20,7 +21,7 @@ def interruptions() -> Iterator[threading.Event]:
         yield event
         return
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    previous = {number: handler for number, handler in previous.items() if handler is not signal.SIG_IGN}
+    previous = {number: handler for number, handler in previous.items() if handler not in (signal.SIG_IGN, None)}
 
     def restore_handlers() -> None:
         for number, handler in previous.items():

@@ -44,8 +44,8 @@ def checked_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.G
     """Make an inner rule as `as_rule` does, and check that it works on these parameters and has finite meta-gradients.
 
     Args:
-        rule: a step size, which stands for gradient descent, or any Optax transformation. Under `vmap` or `jit` over step
-            sizes they are not checked.
+        rule: a step size, which stands for gradient descent, or any Optax transformation. Within
+            `jit` or `vmap` nothing can be known of its numbers: only that it works is then checked.
         params: arrays, or their shapes, of the parameters to adapt.
         differentiable: whether meta-gradients will pass through the rule.
 

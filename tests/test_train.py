@@ -425,6 +425,15 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGINT, handler)
 
 
+def test_a_handler_from_outside_of_python_is_left_alone(monkeypatch):
+    """As in a program that embeds Python: it could not be put back."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "getsignal", lambda number: None)
+        assert train().num_updates == 20
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
 class Data:
     """What a closure may hold."""
 

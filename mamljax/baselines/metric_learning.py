@@ -122,7 +122,11 @@ def siamese(
         alike = task.query.y[:, None] == task.support.y[None]
         counted = task.query.y[:, None] >= 0
         losses = optax.losses.sigmoid_binary_cross_entropy(pairs(params, task), alike)
-        return (losses.mean(where=counted & alike) + losses.mean(where=counted & ~alike)) / 2
+
+        def mean_of(chosen: Array) -> Array:  # not `mean`, which is NaN where a task has no such pair
+            return losses.sum(where=chosen) / jnp.maximum(chosen.sum(), 1)
+
+        return (mean_of(counted & alike) + mean_of(counted & ~alike)) / 2
 
     def compare(params: PyTree, task: Task) -> Array:
         return largest_of_class(pairs(params, task), task.support.y, ways)

@@ -74,8 +74,8 @@ def nearest_neighbour(
 ) -> MetaLearner:
     """Train a classifier over all training classes; in evaluation, compare its features with those of the support images.
 
-    The logit of a class is the largest cosine similarity with one of its support images. Arguments and errors are those of
-    `fine_tuning`.
+    The logit of a class is the largest cosine similarity with one of its support images. Support and query set go through the
+    network apart, each normalised by itself where it is by its examples. Arguments and errors are those of `fine_tuning`.
 
     Returns:
         A meta-learner whose `evaluate` returns the `loss` and the metrics on the query set, each [1].

@@ -68,6 +68,7 @@ def import_mjx() -> Any:
 
 
 def _measured(data: Any, measure: Measure) -> Array:
-    field = getattr(data, measure.field) if hasattr(data, measure.field) else getattr(data._impl, measure.field)
-    value = field[measure.bodies].astype(jnp.float32)
+    # What MJX keeps to its implementation it also passes on, with a warning that it will not for long.
+    owner = data._impl if hasattr(data._impl, measure.field) else data
+    value = getattr(owner, measure.field)[measure.bodies].astype(jnp.float32)
     return value.reshape(9) if measure.field == "xmat" else value  # a row, as MuJoCo has it

@@ -222,7 +222,7 @@ def as_task(images: Array, *, shots: int) -> Task:
     def examples(images: Array) -> Examples:
         ways, per_class = images.shape[:2]
         x = _unit_range(images.reshape(ways * per_class, *images.shape[2:]))
-        return Examples(x, jnp.repeat(jnp.arange(ways), per_class, total_repeat_length=ways * per_class))
+        return Examples(x, jnp.repeat(jnp.arange(ways), per_class))
 
     return Task(examples(images[:, :shots]), examples(images[:, shots:]))
 

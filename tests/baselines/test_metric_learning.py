@@ -151,6 +151,11 @@ def test_siamese_logits_and_loss_by_hand():
     loss = (np.log1p(np.exp(-np.array(alike))).mean() + np.log1p(np.exp(unlike)).mean()) / 2
     metrics = learner.update(KEY, state, jax.tree.map(lambda leaf: leaf[None], task))[1]
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-6)
+    # Without a support example of its class, the pairs of two classes are all there is.
+    of_others = jax.tree.map(lambda leaf: leaf[SUPPORT.y != 2][None], SUPPORT)
+    metrics = learner.update(KEY, state, Task(of_others, jax.tree.map(lambda leaf: leaf[None], task.query)))[1]
+    np.testing.assert_allclose(metrics["loss"], np.log1p(np.exp(unlike)).mean() / 2, rtol=1e-6)
+    assert jnp.isfinite(metrics["grad_norm"])
 
 
 def unit(vector):

@@ -41,6 +41,14 @@ def test_half_cheetah_agrees():
     agree("half_cheetah_velocity", "paper", 30, 6, atol=1e-3)
 
 
+def test_what_the_ant_measures_is_there_without_a_deprecated_way():
+    """Warnings are errors here; shapes show it, as its program takes long to compile."""
+    environment = locomotion("ant_velocity", engine="mjx")
+    c = locomotion("ant_velocity", engine="mujoco")
+    of_mjx, of_c = (jax.eval_shape(each.reset, KEY, TASK)[1] for each in (environment, c))
+    assert (of_mjx.shape, of_mjx.dtype) == (of_c.shape, of_c.dtype)
+
+
 def test_threads_are_refused():
     with pytest.raises(ValueError, match="threads is of the C engine, got 2"):
         locomotion("half_cheetah_velocity", engine="mjx", threads=2)
