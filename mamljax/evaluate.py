@@ -65,7 +65,7 @@ def _compile(learner: MetaLearner, sample: SampleFn | None, num_tasks: int, chun
 
 def _check_is_one(state: State, learner: MetaLearner) -> None:
     """Raise `ValueError` if a state is one of several seeds: its arrays have a leading axis that the learner's have not."""
-    one = state if learner.init is None else jax.eval_shape(learner.init, jax.random.key(0))
+    one = jax.eval_shape(learner.init, jax.random.key(0))
     found, expected = ([np.shape(leaf) for leaf in jax.tree.leaves(of.params)] for of in (state, one))
     if expected and expected == [shape[1:] for shape in found if shape]:
         raise ValueError(
