@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
-from few_shot_learners import network_and_rule, set_precision
+from few_shot_learners import network_and_rule, set_precision, start_of
 from few_shot_presets import Options as RunOptions
 from few_shot_presets import image_shape
 from few_shot_trained import read_options, read_trained
@@ -45,9 +45,9 @@ class Options:
     query: Path
     """Directory of the images to classify, in folders or not. Networks normalise by the images that they see together: each
     is seen with the support images, so that its prediction depends on no other."""
-    method: Literal["maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "meta_lstm", "pretrained"] = (
-        "maml"
-    )
+    method: Literal[
+        *("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "proto_maml", "meta_lstm", "pretrained")
+    ] = "maml"
     """Which of the run's networks."""
     steps: int | None = None
     """Adaptation steps; by default as many as the run's --test-steps."""
@@ -90,7 +90,8 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     set_precision(run)
     trained = read_trained(options.checkpoint / "checkpoints" / options.method, run.ways)
     network, rule = network_and_rule(options.method, run, lr)
-    adapted, _ = fine_tune(network, cross_entropy, trained.params, support, rule, steps)
+    start = start_of(options.method, run, trained.params, support)
+    adapted, _ = fine_tune(network, cross_entropy, start, support, rule, steps)
 
     # An image by itself is seen beside the support images, by which the network normalises; it is the last of them.
     def logits(x: jax.Array) -> jax.Array:

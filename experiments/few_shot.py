@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import runner
 from few_shot_data import Data, load
-from few_shot_learners import build_learner, network_and_rule, set_precision
+from few_shot_learners import build_learner, network_and_rule, set_precision, start_of
 from few_shot_presets import (
     MAML,
     PRESETS,
@@ -148,8 +148,9 @@ def draw_episodes(method: Method, options: Options, data: Data, state: State, lr
     def adapted(params: PyTree, sample: SampleFn, key: Array) -> tuple[Task, Array]:
         """An episode, and the classes predicted of its query images before and after adaptation: [2, N * Q]."""
         task = sample(key)
-        final, _ = fine_tune(network, cross_entropy, params, task.support, rule, options.test_steps)
-        return task, jnp.stack([network.apply(params, task.query.x).argmax(-1) for params in (params, final)])
+        start = start_of(method, options, params, task.support)
+        final, _ = fine_tune(network, cross_entropy, start, task.support, rule, options.test_steps)
+        return task, jnp.stack([network.apply(params, task.query.x).argmax(-1) for params in (start, final)])
 
     shown = min(options.ways, 5)  # classes, one image of each
     draw = functools.partial(_draw_image, greys="gray_r" if options.dataset == "omniglot" else "gray")  # its ink is 1

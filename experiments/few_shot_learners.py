@@ -20,8 +20,9 @@ from mamljax.imaml import held_near_start, imaml
 from mamljax.losses import accuracy, cross_entropy
 from mamljax.maml import maml
 from mamljax.maml_plus_plus import maml_plus_plus
+from mamljax.proto_maml import proto_maml, with_prototypes
 from mamljax.rules import Rule, all_but, as_rule, learned_by_step, learned_step_sizes
-from mamljax.types import MetaLearner, Model
+from mamljax.types import Examples, MetaLearner, Model, PyTree
 
 NORM_PARAMETERS = {"shift": ("shift",), "scale_and_shift": ("shift", "scale")}  # of the outer loop alone
 
@@ -73,9 +74,18 @@ def network_and_rule(method: Method, options: Options, rule: Rule) -> tuple[Mode
             return learned_by_step(network, rule, options.inner_steps, per_step=frozen)
         case "imaml":
             return network, optax.chain(held_near_start(options.strength), as_rule(rule))
+        case "proto_maml":
+            network = models.with_linear_head(features, jnp.zeros(image_shape(options)), options.ways)
         case "meta_lstm":
             network, rule = meta_lstm(network, rule)
     return network, all_but(tuple(frozen), rule)
+
+
+def start_of(method: Method, options: Options, params: PyTree, support: Examples) -> PyTree:
+    """The parameters of `network_and_rule` from which a method adapts to a task, for those that it has learned."""
+    if method != "proto_maml":
+        return params
+    return with_prototypes(build_network(options, None), params, support, options.ways)
 
 
 def outer_optimiser(options: Options) -> optax.GradientTransformation:
@@ -117,6 +127,8 @@ def build_learner(method: Method, options: Options, num_classes: int, *, eval_st
             # The rule itself: `imaml` adds what holds parameters near their start, as `network_and_rule` does for `adapt.py`.
             how = {"rule": rule, "damping": options.damping, "eval_steps": eval_steps}
             return imaml(network, cross_entropy, **how, **sizes, **shared)
+        case "proto_maml":
+            return proto_maml(features, image, cross_entropy, ways=options.ways, **learning, **shared)
         case "pretrained" | "random":
             return pretrain(network, cross_entropy, **adaptation, **shared)
         case "fine_tuning":

@@ -17,12 +17,13 @@ Preset = Literal[
     *("omniglot-5w1s-imaml", "omniglot-5w5s-imaml", "omniglot-20w1s-imaml", "omniglot-20w5s-imaml"),
 ]
 Method = Literal[
-    *("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "meta_lstm"),
+    *("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "proto_maml", "meta_lstm"),
     *("pretrained", "random", "fine_tuning", "nearest_neighbour"),
     *("matching", "siamese", "mann", "memory_module", "neural_statistician", "prototypical"),
 ]
 
-MAML = ("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "meta_lstm")  # they learn to adapt
+# They learn to adapt.
+MAML = ("maml", "fomaml", "anil", "boil", "context", "meta_sgd", "maml++", "imaml", "proto_maml", "meta_lstm")
 # What they learn is more than the network of the options.
 MORE_THAN_A_NETWORK = ("context", "meta_sgd", "maml++", "meta_lstm", "siamese", "mann", "neural_statistician")
 TUNED = ("pretrained", "random", "fine_tuning")  # their step size of fine-tuning is tuned
@@ -38,13 +39,14 @@ class Options(runner.Options):
     for each with convolutions, and for implicit MAML for each of Omniglot."""
     method: tuple[Method, ...] = ("maml",)
     """Methods, trained in this order: MAML, first-order MAML, MAML that adapts the output layer alone (anil), all but that
-    (boil) or nothing but further channels of the image (context), that learns a step size for each parameter (meta_sgd) or
-    for each layer and step (maml++), or that differentiates a minimum, not the way there (imaml, implicit MAML; needs
-    many small steps, as its presets have them); an LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as
-    0.01); one network for all episodes, an untrained one; and a classifier over all training classes, with its output layer
-    renewed and everything fine-tuned, or its features compared. Matching, siamese and prototypical networks, and a memory
-    module, learn from episodes to compare, a memory-augmented network (mann) to write down and look up, and a neural
-    statistician to draw images like those of a class (give it several --queries)."""
+    (boil) or nothing but further channels of the image (context), that begins with an output layer made of each class's mean
+    features (proto_maml), that learns a step size for each parameter (meta_sgd) or for each layer and step (maml++), or that
+    differentiates a minimum, not the way there (imaml, implicit MAML; needs many small steps, as its presets have them); an
+    LSTM that takes the steps (meta_lstm; needs an --inner-lr below 1, such as 0.01); one network for all episodes, an untrained
+    one; and a classifier over all training classes, with its output layer renewed and everything fine-tuned, or its features
+    compared. Matching, siamese and prototypical networks, and a memory module, learn from episodes to compare, a
+    memory-augmented network (mann) to write down and look up, and a neural statistician to draw images like those of a class
+    (give it several --queries)."""
     protocol: Literal["paper", "corrected"] = "paper"
     """What --eval-queries and --eval-tasks are if they are not given: K and 600, as in the paper and its code (paper), or 15
     and 6000 (corrected)."""

@@ -28,6 +28,7 @@ from mamljax.losses import cross_entropy, mse
 from mamljax.maml import maml
 from mamljax.maml_plus_plus import maml_plus_plus
 from mamljax.models import mlp
+from mamljax.proto_maml import proto_maml
 from mamljax.reptile import reptile
 from mamljax.rules import learned_by_step, learned_step_sizes
 from mamljax.tasks.sinusoid import sinusoid
@@ -84,6 +85,7 @@ BUILDERS = {  # name: (builder, whether it builds a classifier)
     "maml": (functools.partial(maml, MODEL, mse, inner_steps=2, **ADAPTED, **TX), False),
     "maml++": (functools.partial(maml_plus_plus, MODEL, mse, inner_steps=2, multi_step_updates=2, **ADAPTED, **TX), False),
     "imaml": (functools.partial(imaml, MODEL, mse, inner_steps=2, strength=2.0, cg_steps=2, **ADAPTED, **TX), False),
+    "proto-maml": (functools.partial(proto_maml, *FEATURES_AND_LOSS, ways=2, inner_steps=2, **ADAPTED, **TX), True),
     "reptile": (functools.partial(reptile, MODEL, mse, inner_steps=2, batch_size=4, **ADAPTED, **TX), False),
     "pretrained": (functools.partial(pretrain, MODEL, mse, **ADAPTED, **TX), False),
     "multi-task": (functools.partial(multi_task, MODEL, mse, task_tx=optax.sgd(0.1), task_steps=2, **ADAPTED), False),
@@ -223,6 +225,9 @@ def test_no_metric_takes_the_name_of_the_loss(builder):
         ("imaml", "inner_steps", 1),
         ("imaml", "cg_steps", 1),
         ("imaml", "eval_steps", 1),
+        ("proto-maml", "inner_steps", 1),
+        ("proto-maml", "eval_steps", 1),
+        ("proto-maml", "ways", 2),
         ("reptile", "batch_size", 1),
         ("reptile", "eval_steps", 1),
         ("fine-tuning", "eval_steps", 1),

@@ -42,6 +42,7 @@ ALLOWED = {
     "maml": FOUNDATION | {"losses", "models", "inner", "rules", "outer"},
     "maml_plus_plus": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "imaml": FOUNDATION | {"inner", "rules", "outer", "maml"},
+    "proto_maml": FOUNDATION | {"models", "inner", "rules", "outer", "maml", "baselines"},
     "reptile": FOUNDATION | {"inner", "rules", "outer", "maml"},
     "distributions": set(),
     "baselines": FOUNDATION | {"distributions", "losses", "models", "inner", "rules", "outer", "maml"},

@@ -79,11 +79,8 @@ def prototypical(
 
     def compare(params: PyTree, task: Task) -> Array:
         support, query = features_of(features, params, task)
-        members = jax.nn.one_hot(task.support.y, ways, axis=0)  # [N, N * K]
-        counts = members.sum(1, keepdims=True)
-        # Divided by 1 where a class has no support examples, as NaN would get into the gradient of all classes.
-        prototypes = members @ support / jnp.maximum(counts, 1)
-        return jnp.where(counts[:, 0] > 0, -((query[:, None] - prototypes[None]) ** 2).sum(-1), -jnp.inf)
+        means, present = prototypes(support, task.support.y, ways)
+        return jnp.where(present, -((query[:, None] - means[None]) ** 2).sum(-1), -jnp.inf)
 
     return _learner(features.init, compare, loss_fn, tx, metric_fns, chunk_size)
 
@@ -132,6 +129,14 @@ def siamese(
         return largest_of_class(pairs(params, task), task.support.y, ways)
 
     return _learner(model.init, compare, loss_fn, tx, metric_fns, chunk_size, task_loss)
+
+
+def prototypes(features: Array, labels: Array, ways: int) -> tuple[Array, Array]:
+    """The mean of the features [n, d] of each class, [N, d], zero without examples; and which classes have any, [N]."""
+    members = jax.nn.one_hot(labels, ways, axis=0)  # [N, n]
+    counts = members.sum(1)
+    # Divided by 1 where a class has no examples, as NaN would get into the gradient of all classes.
+    return members @ features / jnp.maximum(counts, 1)[:, None], counts > 0
 
 
 def cosine_similarity(a: Array, b: Array) -> Array:

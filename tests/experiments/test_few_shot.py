@@ -73,7 +73,8 @@ TINY = [
     "0.1",
     "0.5",
 ]
-METHODS = ("maml", "maml++", "random", "fine_tuning", "prototypical")  # one of each kind; each takes long to compile
+# One of each kind; each takes long to compile.
+METHODS = ("maml", "maml++", "proto_maml", "random", "fine_tuning", "prototypical")
 
 
 def draw_class(rng):
@@ -117,7 +118,8 @@ def finished(images, banks, tmp_path_factory):
 
 def test_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
-    figures = {"learning_curves.png", "training_curves.png", "episodes_maml.png", "episodes_maml++.png"}
+    figures = {"learning_curves.png", "training_curves.png"}
+    figures |= {f"episodes_{method}.png" for method in ("maml", "maml++", "proto_maml")}
     assert names == figures | {"checkpoints", "config.json", "report.md", "results.json"}
     for name in figures:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
@@ -304,7 +306,7 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         (["--begin-with", "nowhere"], "nowhere holds no training run of few_shot.py. One is in OUT/checkpoints/METHOD"),
         (
             ["--begin-with", "nowhere", "--method", "random"],
-            "--begin-with is for one seed and --method maml fomaml anil imaml pretrained fine_tuning",
+            "--begin-with is for one seed and --method maml fomaml anil imaml proto_maml pretrained",
         ),
         (["--begin-with", "nowhere", "--seeds", 2], "got --seeds 2."),
         (["--steps", 0], "--steps 0 is for --begin-with. For an untrained network take --method random."),
@@ -438,6 +440,7 @@ def test_tasks_at_a_time(monkeypatch):
         ("meta_sgd", {"body", "head"}),
         ("maml++", {"body", "head", "step"}),
         ("imaml", {"body", "head", "shift"}),
+        ("proto_maml", {"body", "head"}),
         ("meta_lstm", {"body", "head"}),
     ],
 )
@@ -451,7 +454,9 @@ def test_what_a_method_adapts(method, moves):
     for path, change in jax.tree.leaves_with_path(rule.update(ones, rule.init(ones), ones)[0]):
         name = jax.tree_util.keystr(path)
         part = next(
-            part for part in ("context", "alpha", "step_sizes", "cell", "shift", "Conv3x3", "Dense_0", "step") if part in name
+            part
+            for part in ("context", "alpha", "step_sizes", "cell", "shift", "Conv3x3", "Dense_0", "head", "step")
+            if part in name
         )
         if np.any(change):
             parts.add({"Conv3x3": "body", "Dense_0": "head"}.get(part, part))
@@ -535,7 +540,7 @@ def copy(images, folder, *, suffix=".png", mode="L", size=12):
     return folder / "support", folder / "query"
 
 
-@pytest.mark.parametrize("method", ["maml", "maml++"])
+@pytest.mark.parametrize("method", ["maml", "maml++", "proto_maml"])
 def test_adapt_writes_predictions(finished, images, tmp_path, method):
     support, query = copy(images, tmp_path)
     assert predict(finished, support, query, tmp_path / "out" / "p.csv", "--method", method) == 0
