@@ -142,8 +142,8 @@ class Options(runner.Options):
     checkpoint_seconds: float = 30.0
 
     # Not the tuning_lrs: the first decides which checkpoint of a method is best.
-    free = (
-        *runner.Options.free,
+    may_change = (
+        *runner.Options.may_change,
         *("data_dir", "cache_dir", "images_on", "chunk_size", "eval_steps", "eval_tasks"),
         "precision",  # it depends on the device, of which there may be another by then
     )

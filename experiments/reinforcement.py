@@ -100,7 +100,7 @@ class Options(runner.Options):
     log_every: int = 5
     validate_every: int = 20
 
-    free = (*runner.Options.free, "tuning_lrs", "chunk_size", "eval_trajectories")
+    may_change = (*runner.Options.may_change, "tuning_lrs", "chunk_size", "eval_trajectories")
     may_be_zero = (*runner.Options.may_be_zero, "discount", "gae_lambda", "promp_kl_weight")
     only_for = {
         **dict.fromkeys(("inner_lr", "inner_steps", "multi_step_loss"), ADAPTING),

@@ -72,7 +72,7 @@ class Options:
     """How long to wait for the other processes, to join at the start and to be heard of later."""
 
     # Options that do not decide how a training goes, so that they may change when it is resumed.
-    free = (
+    may_change = (
         *("preset", "method", "steps", "out", "max_minutes", "log_every", "checkpoint_seconds", "tensorboard"),
         *("devices", "distributed", "join_seconds"),
     )
@@ -96,7 +96,7 @@ class Options:
                         raise ValueError(f"{flag} must be below 2**31, got {item}.")
             if value == ():
                 raise ValueError(f"{flag} must have at least one value.")
-            if name in ONCE and len({*value}) < len(value):
+            if name in DISTINCT and len({*value}) < len(value):
                 raise ValueError(f"{flag} must not have the same value twice, got {' '.join(map(str, value))}.")
 
     def without_effect(self, preset: "Options") -> list[str]:
@@ -108,7 +108,7 @@ class Options:
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 STATUS = re.compile("[A-Z_]+: ")  # what errors of XLA begin with, which may be a JaxRuntimeError or a ValueError
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
-ONCE = ("method", "eval_shots")  # options whose values each have rows of their own in the results
+DISTINCT = ("method", "eval_shots")  # options whose values each have rows of their own in the results
 OURS = {Path(file).resolve().parent for file in (__file__, report.__file__)}
 
 
@@ -126,9 +126,9 @@ class Run:
         self.experiment, self.options, self.results = experiment, options, {}
         self.config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
         # What decides how the trainings go; an option that came later counts as its default in an earlier run.
-        fixed = {name: value for name, value in self.config.items() if name not in options.free}
+        fixed = {name: value for name, value in self.config.items() if name not in options.may_change}
         defaults = {field.name: field.default for field in dataclasses.fields(options) if field.name in fixed}
-        claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults, free=options.free)
+        claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults, free=options.may_change)
         several = options.distributed or (options.devices or 1) > 1
         self.mesh = task_mesh(options.devices) if several else None
         if self.mesh and options.num_tasks % self.mesh.size:

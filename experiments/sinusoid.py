@@ -93,7 +93,7 @@ class Options(runner.Options):
     """Step sizes to choose from for fine-tuning, by the mean error over all steps on validation tasks."""
 
     only_for = {"differentiation": ("maml",), "batch_size": ("reptile",), "task_steps": PENALTIES, "penalty": [*PENALTIES][1:]}
-    free = (*runner.Options.free, "eval_shots", "eval_steps", "eval_tasks", "eval_queries", "tuning_lrs")  # logged at most
+    may_change = (*runner.Options.may_change, "eval_shots", "eval_steps", "eval_tasks", "eval_queries", "tuning_lrs")
 
 
 QUICK = Options(preset="quick", steps=5_000, eval_tasks=200, out=Path("out/sinusoid_quick"))

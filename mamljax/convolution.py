@@ -13,6 +13,7 @@ from mamljax.types import PyTree
 PIECE_BYTES = 2**20  # of patches: about what a CPU core has in its cache while it multiplies
 WINOGRAD_CHANNELS = 16  # at least so many, or its products are too thin for their small number to gain
 WINOGRAD_PIXELS = 16 * 16  # of an image: it takes long to compile, which smaller ones do not win back
+WORTH_A_LOOP = 4  # pieces; the loop over fewer takes longer than it saves
 PART_ROWS = 512  # of a product on a GPU, at least
 
 
@@ -122,7 +123,7 @@ def in_pieces(fn: Callable[[Array], PyTree], x: Array, *, stride: int = 1) -> Py
     n = len(x)
     patch_bytes = 9 * math.prod(x.shape[1:]) * x.dtype.itemsize // stride**2  # of one image
     at_most = max(1, PIECE_BYTES // patch_bytes)
-    if n <= 4 * at_most or jax.default_backend() != "cpu":
+    if n <= WORTH_A_LOOP * at_most or jax.default_backend() != "cpu":
         return fn(x)
     size = next(size for size in range(at_most, 0, -1) if n % size == 0)
     y = lax.map(jax.checkpoint(fn), x.reshape(n // size, size, *x.shape[1:]))

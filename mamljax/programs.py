@@ -32,7 +32,7 @@ def start_program(learner: MetaLearner, seeds: tuple[int, ...]) -> Callable[[Arr
     return jax.jit(vmap_over_seeds(seeds, functools.partial(first_snapshot, learner)))
 
 
-def updates(
+def updates_and_sampler(
     learner: MetaLearner, sample: SampleFn, key: Array, num_tasks: int, length: int, mesh: Mesh | None
 ) -> tuple[Callable, Callable[[int], SampleFn | None]]:
     """The program of `length` meta-updates at most, and the function from the first of them to the sampler that it takes."""
@@ -64,7 +64,7 @@ def update_program(
     return _on_mesh(mesh, jax.jit(vmap_over_seeds(seeds, run, (0, 0, None, None, None)), donate_argnums=0))
 
 
-def validations(
+def validation_and_check(
     validate_fn: Callable[[State], Array] | None, seeds: tuple[int, ...], mesh: Mesh | None
 ) -> tuple[Callable[[Snapshot], tuple[Snapshot, Array]], Callable[[Snapshot], object]]:
     """The program of a validation, and the same without a result, to check `validate_fn`."""

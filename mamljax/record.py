@@ -38,7 +38,7 @@ class Record:
             return self
         make_directory(self.directory)
         # Whatever fails in here, the lock is let go; `pop_all` keeps it until the run is left.
-        with contextlib.ExitStack() as files, self._writing(where=""):  # of checkpoints nothing is known yet
+        with contextlib.ExitStack() as files, self._writing(kept=""):  # of checkpoints nothing is known yet
             try:
                 files.enter_context(filelock.FileLock(self.directory / "lock").acquire(blocking=False))
             except filelock.Timeout as error:
@@ -76,11 +76,11 @@ class Record:
             self.files.close()
 
     @contextlib.contextmanager
-    def _writing(self, where: str | None = None) -> Iterator[None]:
+    def _writing(self, kept: str | None = None) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            cause, kept = error.strerror or error, self.where if where is None else where
+            cause, kept = error.strerror or error, self.kept if kept is None else kept
             raise CheckpointError(
                 f"cannot write to {self.directory}: {cause}{kept}. Make room there, or choose another directory."
             ) from error
@@ -91,12 +91,12 @@ class Record:
         return self.seconds_before + time.monotonic() - self.opened_at
 
     @property
-    def where(self) -> str:
-        """What is kept, to end a message with."""
+    def kept(self) -> str:
+        """What the directory keeps, to end a message with."""
         if self.directory is None:
             return ""
-        kept = "no checkpoint yet" if self.saved_update is None else f"the checkpoint of meta-update {self.saved_update}"
-        return f"; {self.directory} keeps {kept}"
+        checkpoint = "no checkpoint yet" if self.saved_update is None else f"the checkpoint of meta-update {self.saved_update}"
+        return f"; {self.directory} keeps {checkpoint}"
 
     def log(self, update: int, line: dict[str, float]) -> None:
         """Add a line of numbers to the log; one that is not finite becomes null."""

@@ -21,7 +21,7 @@ from mamljax.devices import any_host, check_shares, from_first_host, is_first_ho
 from mamljax.divergence import finite_means
 from mamljax.interruption import interruptions
 from mamljax.loop import vmap_over_seeds
-from mamljax.programs import best_program, best_state, first_snapshot, start_program, updates, validations
+from mamljax.programs import best_program, best_state, first_snapshot, start_program, updates_and_sampler, validation_and_check
 from mamljax.record import Record
 from mamljax.run_directory import CheckpointError, read_config
 from mamljax.types import MetaLearner, SampleFn, State
@@ -108,8 +108,8 @@ def fit(
     validated = validate_fn is not None
     every = [log_every, validate_every] if validated else [log_every]
     length = min(every)  # of a compiled call
-    run, sampler_from = updates(learner, sample, key, num_tasks, length, mesh)
-    validate, check_validation = validations(validate_fn, key.shape, mesh)
+    run, sampler_from = updates_and_sampler(learner, sample, key, num_tasks, length, mesh)
+    validate, check_validation = validation_and_check(validate_fn, key.shape, mesh)
     # Only with the same key and as many tasks does a checkpoint go on as it would have.
     config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=int(num_tasks))
     with contextlib.ExitStack() as stack:
@@ -139,7 +139,7 @@ def fit(
             if validated:  # what is wrong with `validate_fn` should not show hours later
                 check_validation(snapshot)
             # This waits for the device, and raises before a state that is not finite can be validated or saved.
-            line = finite_means(metrics, finite, done, stop, record.where)
+            line = finite_means(metrics, finite, done, stop, record.kept)
             snapshot = snapshot._replace(state=state)
             if validated and (stop % validate_every == 0 or stop == num_updates):
                 snapshot, error = validate(snapshot)
@@ -154,7 +154,7 @@ def fit(
                 save()
         save()
     if any_host(interrupted.is_set()):
-        raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.where or '; nothing is kept'}")
+        raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.kept or '; nothing is kept'}")
     snapshot = take_back(snapshot, mesh)
     return Result(snapshot.state, best_program(key.shape)(snapshot), done, record.seconds)
 

@@ -35,10 +35,11 @@ def test_the_code_for_images_of_your_own_runs(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         for image in range(4 + number % 2):
             Image.fromarray(noise.integers(0, 256, (9, 9, 3), np.uint8)).save(folder / f"{image}.png")
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "few_shot.md").read_text(), flags=re.DOTALL)
     names = {}
-    exec(compile(block, "few_shot.md", "exec"), names)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "few_shot.md").read_text(), flags=re.DOTALL):
+        exec(compile(block, "few_shot.md", "exec"), names)
     assert names["result"].num_updates == 10
+    assert names["adapted"].keys() == {"features", "head"}
     assert names["sample"]["test"](names["jax"].random.key(0)).query.x.shape == (6, 28, 28, 3)
 
 
