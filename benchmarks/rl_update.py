@@ -141,58 +141,65 @@ def products_of_trpo(environment: Environment, *, cg_steps: int, num_tasks: int,
     return arithmetic.products(learner.update, *first_update(learner, environment, num_tasks))
 
 
+def sizes_of(name: Name, options: Options) -> tuple[int, dict[str, int], int]:
+    """How many tasks, other sizes, and on how many devices; where not given, the paper's, and all that divide the tasks."""
+    paper = {"num_tasks": 20, "horizon": 100} if name == "navigation" else {"num_tasks": 40, "horizon": 200}
+    num_tasks, horizon = options.num_tasks or paper["num_tasks"], options.horizon or paper["horizon"]
+    devices = options.devices or max(n for n in range(1, jax.device_count() + 1) if num_tasks % n == 0)
+    if num_tasks % devices:
+        raise ValueError(f"--num-tasks must be a multiple of --devices, got {num_tasks} tasks and {devices} devices.")
+    return num_tasks, {"horizon": horizon, "trajectories": options.trajectories}, devices
+
+
+def seconds_of_products(environment: Environment, options: Options, num_tasks: int, sizes: dict[str, int]) -> dict[str, float]:
+    """What the matrix products of each method's meta-update take alone, at the rate that the machine reaches on their sizes."""
+    counts = {
+        f"{steps} iterations": products_of_trpo(environment, cg_steps=steps, num_tasks=num_tasks, **sizes)
+        for steps in options.cg_steps
+    }
+    learner = build_promp(environment, **sizes)
+    counts["ProMP"] = arithmetic.products(learner.update, *first_update(learner, environment, num_tasks))
+    return {
+        f"the products of {method} alone": arithmetic.flops(counted) / arithmetic.product_rate(counted, options.repeats)
+        for method, counted in counts.items()
+    }
+
+
+def measure_environment(name: Name, options: Options) -> list[report.Row]:
+    """Rows of one environment: seconds of meta-updates and of their parts, and how far the loss falls."""
+    num_tasks, sizes, devices = sizes_of(name, options)
+    environment = navigation() if name == "navigation" else locomotion(name)
+    learners = {
+        f"{steps} conjugate gradient iterations": build_maml(environment, trpo(0.01, cg_steps=steps), **sizes)
+        for steps in options.cg_steps
+    }
+    learners["ProMP"] = build_promp(environment, **sizes)
+    runs = {}
+    for method, learner in learners.items():
+        *common, tasks = first_update(learner, environment, num_tasks)
+        runs[method] = compiled(learner.update, common, tasks, devices)
+    runs["the environment alone"] = environment_steps(environment, num_tasks=num_tasks, devices=devices, **sizes)
+    # Whole meta-updates and the environment's steps, timed in turns; then the products, by themselves.
+    seconds = {method: milliseconds / 1e3 for method, milliseconds in harness.medians(runs, options.repeats).items()}
+    seconds["the environment alone"] *= 2  # before and after adaptation
+    seconds |= seconds_of_products(environment, options, num_tasks, sizes)
+    # All from the same policy on the same trajectories.
+    falls = {method: -float(runs[method]()[1]["surrogate"]) for method in learners}
+    where = f"{harness.cores()} cores, {devices} devices"
+    conditions = f"median of {options.repeats}, {num_tasks} tasks, horizon {sizes['horizon']}, {where}"
+    shared = {"setting": name, "step": 1, "tasks": num_tasks, "protocol": conditions, **harness.UNTRAINED}
+    return [
+        report.Row(method=method, metric=metric, mean=mean, **shared)
+        for metric, means in (("seconds per meta-update", seconds), ("fall of the loss in the first meta-update", falls))
+        for method, mean in means.items()
+    ]
+
+
 def measure(options: Options) -> list[report.Row]:
-    """Rows of each environment and number of iterations: seconds, and how far the loss falls."""
+    """Rows of each environment."""
     rows = []
     for name in options.tasks:
-        # The paper's sizes, or those of the options, on as many devices as divide the tasks.
-        sizes = {"num_tasks": 20, "horizon": 100} if name == "navigation" else {"num_tasks": 40, "horizon": 200}
-        sizes |= {size: getattr(options, size) for size in sizes if getattr(options, size) is not None}
-        devices = options.devices or max(n for n in range(1, jax.device_count() + 1) if sizes["num_tasks"] % n == 0)
-        if sizes["num_tasks"] % devices:
-            raise ValueError(
-                f"--num-tasks must be a multiple of --devices, got {sizes['num_tasks']} tasks and {devices} devices."
-            )
-        num_tasks = sizes.pop("num_tasks")
-        sizes["trajectories"] = options.trajectories
-        environment = navigation() if name == "navigation" else locomotion(name)
-        # Whole meta-updates and the environment's steps, timed in turns.
-        learners = {
-            f"{steps} conjugate gradient iterations": build_maml(environment, trpo(0.01, cg_steps=steps), **sizes)
-            for steps in options.cg_steps
-        }
-        learners["ProMP"] = build_promp(environment, **sizes)
-        runs = {}
-        for method, learner in learners.items():
-            *common, tasks = first_update(learner, environment, num_tasks)
-            runs[method] = compiled(learner.update, common, tasks, devices)
-        runs["the environment alone"] = environment_steps(environment, num_tasks=num_tasks, devices=devices, **sizes)
-        seconds = {method: milliseconds / 1e3 for method, milliseconds in harness.medians(runs, options.repeats).items()}
-        seconds["the environment alone"] *= 2  # before and after adaptation
-        # The products alone: how many there are, at the rate that the machine reaches on their sizes.
-        counts = {
-            f"{steps} iterations": products_of_trpo(environment, cg_steps=steps, num_tasks=num_tasks, **sizes)
-            for steps in options.cg_steps
-        }
-        of_promp = learners["ProMP"]
-        counts["ProMP"] = arithmetic.products(of_promp.update, *first_update(of_promp, environment, num_tasks))
-        for method, counted in counts.items():
-            at_full_rate = arithmetic.flops(counted) / arithmetic.product_rate(counted, options.repeats)
-            seconds[f"the products of {method} alone"] = at_full_rate
-        conditions = (
-            f"median of {options.repeats}, {num_tasks} tasks, horizon {sizes['horizon']}, "
-            f"{harness.cores()} cores, {devices} devices"
-        )
-        shared = {"setting": name, "step": 1, "tasks": num_tasks, "protocol": conditions, **harness.UNTRAINED}
-        rows += [
-            report.Row(method=method, metric="seconds per meta-update", mean=mean, **shared) for method, mean in seconds.items()
-        ]
-        # How far the loss falls, from the same policy on the same trajectories.
-        falls = {method: -float(runs[method]()[1]["surrogate"]) for method in learners}
-        rows += [
-            report.Row(method=method, metric="fall of the loss in the first meta-update", mean=mean, **shared)
-            for method, mean in falls.items()
-        ]
+        rows += measure_environment(name, options)
         print(f"{name}: done", file=sys.stderr)
     return rows
 

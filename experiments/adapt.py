@@ -61,30 +61,9 @@ class Options:
 def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
     """Adapt the network; returns the class names [N], the query files [n], and probabilities [n, N]."""
     run = read_options(options.checkpoint)
-    if options.method == "pretrained" and options.inner_lr is None:
-        raise ValueError(
-            "a pretrained network has no step size of its own. "
-            f"Give --inner-lr; {options.checkpoint / 'report.md'} has the best one."
-        )
-    if options.method in ("meta_sgd", "maml++", "meta_lstm") and options.inner_lr is not None:
-        raise ValueError(f"--method {options.method} has learned its step sizes. Leave --inner-lr out.")
-    steps = run.test_steps if options.steps is None else options.steps
-    check_count("--steps", steps)
-    lr = run.inner_lr if options.inner_lr is None else options.inner_lr
-    # The images: those with labels, a folder for each class, and those to classify.
-    folders = sorted(path for path in listed(options.support) if path.is_dir())
-    if len(folders) != run.ways:
-        alternative = f", or train with --ways {len(folders)}." if len(folders) > 1 else "."
-        raise DataError(
-            f"{options.support} holds {len(folders)} class folders, but the network of {options.checkpoint} tells {run.ways} "
-            f"classes apart. Give {run.ways}{alternative}"
-        )
-    files = [images_of_class(folder) for folder in folders]
-    if run.statistics == "inductive" and any(len(of_class) != run.shots for of_class in files):
-        raise DataError(f"an inductive network needs exactly {run.shots} support images of each class, as in its training.")
+    steps, lr = steps_and_lr(options, run)
+    names, support = labelled_images(options, run)
     queries = images_in(options.query)
-    labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
-    support = Examples(load([file for of_class in files for file in of_class], run), labels)
 
     # The network as it was trained, and then adapted to the images with labels.
     set_precision(run)
@@ -108,7 +87,37 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
         raise ValueError(
             f"adaptation diverged: the probabilities are not finite after {steps} steps. Lower --inner-lr or --steps."
         )
-    return [folder.name for folder in folders], [str(file) for file in queries], probabilities
+    return names, [str(file) for file in queries], probabilities
+
+
+def steps_and_lr(options: Options, run: RunOptions) -> tuple[int, float]:
+    """How many adaptation steps to take, and their size: those of the run, unless the command line says otherwise."""
+    if options.method == "pretrained" and options.inner_lr is None:
+        raise ValueError(
+            "a pretrained network has no step size of its own. "
+            f"Give --inner-lr; {options.checkpoint / 'report.md'} has the best one."
+        )
+    if options.method in ("meta_sgd", "maml++", "meta_lstm") and options.inner_lr is not None:
+        raise ValueError(f"--method {options.method} has learned its step sizes. Leave --inner-lr out.")
+    steps = run.test_steps if options.steps is None else options.steps
+    check_count("--steps", steps)
+    return steps, run.inner_lr if options.inner_lr is None else options.inner_lr
+
+
+def labelled_images(options: Options, run: RunOptions) -> tuple[list[str], Examples]:
+    """Read the support set, a folder for each class: the names of the classes [N], and their images."""
+    folders = sorted(path for path in listed(options.support) if path.is_dir())
+    if len(folders) != run.ways:
+        alternative = f", or train with --ways {len(folders)}." if len(folders) > 1 else "."
+        raise DataError(
+            f"{options.support} holds {len(folders)} class folders, but the network of {options.checkpoint} tells {run.ways} "
+            f"classes apart. Give {run.ways}{alternative}"
+        )
+    files = [images_of_class(folder) for folder in folders]
+    if run.statistics == "inductive" and any(len(of_class) != run.shots for of_class in files):
+        raise DataError(f"an inductive network needs exactly {run.shots} support images of each class, as in its training.")
+    labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
+    return [folder.name for folder in folders], Examples(load([file for of_class in files for file in of_class], run), labels)
 
 
 def listed(directory: Path) -> list[Path]:
