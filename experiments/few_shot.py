@@ -32,16 +32,15 @@ from jax import Array
 from jax.tree_util import Partial
 
 from mamljax import report
+from mamljax.closures import as_partial
 from mamljax.evaluate import evaluate, mean_and_ci95
 from mamljax.figures import new_figure
 from mamljax.losses import cross_entropy
 from mamljax.maml import fine_tune
-from mamljax.types import MetaLearner, PyTree, SampleFn, State, Task, as_partial
+from mamljax.types import MetaLearner, PyTree, SampleFn, State, Task
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 
 
 def execute(options: Options, run: runner.Run) -> None:
@@ -62,26 +61,11 @@ def execute(options: Options, run: runner.Run) -> None:
             lr = tuned_lr(method, options, data, states) if method in TUNED else options.inner_lr
             learner = build_learner(method, options, data.num_classes, eval_steps=options.eval_steps, rule=lr)
             sizes = {"num_tasks": eval_tasks(options), "chunk_size": runner.tasks_at_a_time(options, at_least=40)}
-            scores = accuracies(learner, states, data.test, seed=TEST_SEED, **sizes)
-        mean, ci95 = mean_and_ci95(100 * scores)
+            scores = accuracies(learner, states, data.test, seed=runner.TEST_SEED, **sizes)
         notes = [] if begun_with is None else [f"from {begun_with}"]
         notes += [f"step size {lr:g}"] if method in TUNED else []
-        # Where no steps are taken the published number stands beside the only one.
-        published_step = PUBLISHED_STEPS.get(method, options.test_steps) if len(mean) > 1 else 0
-        published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
-        rows += report.rows_over_steps(
-            mean,
-            ci95,
-            method=method,
-            setting=cell(options),
-            protocol=f"{options.protocol}, inductive" if options.statistics == "inductive" else options.protocol,
-            metric="accuracy in %",
-            tasks=eval_tasks(options),
-            published={} if published is None else {published_step: published},
-            source=SOURCES.get(method, SOURCE),
-            note=", ".join(notes),
-            **run.effort(method, best=True) | {"meta_updates": num_updates},
-        )
+        effort = run.effort(method, best=True) | {"meta_updates": num_updates}
+        rows += rows_of(method, options, 100 * scores, note=", ".join(notes), **effort)
         # Of the first seed, whose episodes are drawn below.
         trained[method] = jax.tree.map(lambda leaf: leaf[0], states), lr
     results = run.write(rows)
@@ -89,6 +73,26 @@ def execute(options: Options, run: runner.Run) -> None:
     report.training_curves({method: run.directory(method) for method in trained}, options.out / "training_curves.png")
     for method in trained.keys() & {*MAML}:
         draw_episodes(method, options, data, *trained[method], options.out / f"episodes_{method}.png")
+
+
+def rows_of(method: Method, options: Options, scores: Array, **fields: object) -> list[report.Row]:
+    """Rows of the results, one for each step, of accuracies in % [seeds, num_tasks, S + 1], beside the published one."""
+    mean, ci95 = mean_and_ci95(scores)
+    # Where no steps are taken the published number stands beside the only one.
+    published_step = PUBLISHED_STEPS.get(method, options.test_steps) if len(mean) > 1 else 0
+    published = PUBLISHED.get((options.dataset, options.network, options.ways, options.shots, method))
+    return report.rows_over_steps(
+        mean,
+        ci95,
+        method=method,
+        setting=cell(options),
+        protocol=f"{options.protocol}, inductive" if options.statistics == "inductive" else options.protocol,
+        metric="accuracy in %",
+        tasks=eval_tasks(options),
+        published={} if published is None else {published_step: published},
+        source=SOURCES.get(method, SOURCE),
+        **fields,
+    )
 
 
 def train(method: Method, options: Options, run: runner.Run, data: Data, begun_with: Trained | None) -> tuple[State, int]:
@@ -106,7 +110,7 @@ def train(method: Method, options: Options, run: runner.Run, data: Data, begun_w
         learner = learner._replace(init=beginning_with(begun_with, learner.init))
 
     def validation_error(sample: SampleFn, state: State) -> Array:
-        key = jax.random.key(VALIDATION_SEED)
+        key = jax.random.key(runner.VALIDATION_SEED)
         sizes = {"num_tasks": options.validation_tasks, "chunk_size": runner.tasks_at_a_time(options, at_least=40)}
         scores = evaluate(learner, state, sample, key=key, **sizes)
         return 1 - scores["accuracy"][:, -1].mean()
@@ -134,7 +138,7 @@ def tuned_lr(method: Method, options: Options, data: Data, states: State) -> flo
     def score(lr: Array, states: State, sample: SampleFn) -> Array:
         learner = build_learner(method, options, data.num_classes, eval_steps=options.test_steps, rule=optax.sgd(lr))
         sizes = {"num_tasks": options.validation_tasks, "chunk_size": runner.tasks_at_a_time(options, at_least=40)}
-        scores = accuracies(learner, states, sample, seed=VALIDATION_SEED, **sizes)
+        scores = accuracies(learner, states, sample, seed=runner.VALIDATION_SEED, **sizes)
         return scores[..., -1].mean()
 
     return max(options.tuning_lrs, key=lambda lr: score(lr, states, as_partial(data.val)))
@@ -157,7 +161,7 @@ def draw_episodes(method: Method, options: Options, data: Data, state: State, lr
     figure = new_figure(max(9, 1.2 * 2 * shown + 1), 1.75 * count)
     panels = figure.subplots(count, 2 * shown, squeeze=False)
     for index, row in enumerate(panels):
-        key = jax.random.fold_in(jax.random.key(TEST_SEED), index)
+        key = jax.random.fold_in(jax.random.key(runner.TEST_SEED), index)
         task, guesses = adapted(state.params, as_partial(data.test), key)
         labels = np.asarray(task.query.y)
         for label in range(shown):

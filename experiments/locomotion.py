@@ -16,7 +16,7 @@ import reinforcement
 import runner
 import tyro
 from jax import Array, lax
-from reinforcement import TEST_SEED, Method, Trained
+from reinforcement import Method, Trained
 
 from mamljax.figures import new_figure, steps_taken
 from mamljax.inner import adapt
@@ -114,7 +114,7 @@ def execute(options: Options, run: runner.Run) -> None:
 
 def draw_strip(options: Options, env: Environment, method: Method, trained: Trained, path: Path) -> None:
     """Draw the first seed's policy before and after one step on a task; where nothing can render, say so and go on."""
-    task_key, key = jax.random.split(jax.random.key(TEST_SEED))
+    task_key, key = jax.random.split(jax.random.key(runner.TEST_SEED))
     task = env.sample_task(task_key)
     params = jax.tree.map(lambda leaf: leaf[0], trained.states.params)
     positions = adapted_positions(options, env, params, jnp.float32(trained.lr), key, task)

@@ -13,7 +13,7 @@ from typing import Literal
 import jax
 import reinforcement
 import runner
-from reinforcement import TEST_SEED, Method, Trained
+from reinforcement import Method, Trained
 
 from mamljax.figures import legend_below, new_figure, steps_taken
 from mamljax.rl.environment import Environment
@@ -91,7 +91,7 @@ def draw_paths(options: Options, env: Environment, trained: Mapping[Method, Trai
         return
     figure = new_figure(1 + 3.5 * DRAWN_GOALS, 1 + 3.5 * len(methods))
     panels = figure.subplots(len(methods), DRAWN_GOALS, sharex=True, sharey=True, squeeze=False)
-    goal_keys, keys = jax.random.split(jax.random.key(TEST_SEED), (2, DRAWN_GOALS))
+    goal_keys, keys = jax.random.split(jax.random.key(runner.TEST_SEED), (2, DRAWN_GOALS))
     goals = jax.vmap(env.sample_task)(goal_keys)
     for method, line in zip(methods, panels, strict=True):
         params = jax.tree.map(lambda leaf: leaf[0], trained[method].states.params)

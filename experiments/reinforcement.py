@@ -32,7 +32,6 @@ BY_TRPO = ("maml", "fomaml", "context", "pretrained", "oracle")  # unless --oute
 TUNED = ("pretrained", "random")  # their step size of fine-tuning is tuned
 FIRST = "return of the first of the trajectories in a row"
 METRICS = ("return", "return_of_first", "unstable")
-VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 Method = Literal["maml", "fomaml", "promp", "context", "pretrained", "random", "oracle"]
 
 
@@ -152,7 +151,7 @@ def run_methods(
         if num_updates > 0 or method == "random":  # else time ran out before
             with run.evaluating(method, options.eval_tasks):
                 lr = tuned_lr(method, options, env, states) if method in TUNED else options.inner_lr
-                metrics = measure(method, options, env, states, lr, seed=TEST_SEED)
+                metrics = measure(method, options, env, states, lr, seed=runner.TEST_SEED)
             measured = (np.asarray(metrics[name]) for name in METRICS)
             trained[method] = Trained(states, run.effort(method, best=True), lr, *measured)
     fields = {"setting": setting, "protocol": protocol, "source": source, "tasks": options.eval_tasks}
@@ -170,7 +169,8 @@ def train(method: Method, learner: MetaLearner, options: Options, run: runner.Ru
 
     def validation_error(state: State) -> Array:
         """Minus the mean return over the steps of adaptation; before any, for methods that do not adapt in training."""
-        metrics = evaluate(learner, state, env.sample_task, key=jax.random.key(VALIDATION_SEED), num_tasks=options.eval_tasks)
+        key = jax.random.key(runner.VALIDATION_SEED)
+        metrics = evaluate(learner, state, env.sample_task, key=key, num_tasks=options.eval_tasks)
         return -metrics["return"][:, int(method in ADAPTING) :].mean()
 
     result = run.train(method, learner, env.sample_task, validate_fn=validation_error)
@@ -248,7 +248,7 @@ def _measure(states: State, lr: Array, key: Array, *, method: Method, options: O
 
 def tuned_lr(method: Method, options: Options, env: Environment, states: State) -> float:
     """The step size of fine-tuning with the highest return on tasks of its own, over all steps and seeds."""
-    measured = (measure(method, options, env, states, lr, seed=VALIDATION_SEED) for lr in options.tuning_lrs)
+    measured = (measure(method, options, env, states, lr, seed=runner.VALIDATION_SEED) for lr in options.tuning_lrs)
     returns = [np.asarray(metrics["return"])[..., 1:].mean() for metrics in measured]  # on the host, from all devices
     if np.isnan(returns).all():
         raise ValueError(f"none of --tuning-lrs, {options.tuning_lrs}, has finite returns. Give smaller ones.")

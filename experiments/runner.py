@@ -105,6 +105,7 @@ class Options:
         return [name for name in changed if {*self.only_for[name]}.isdisjoint(self.method)]
 
 
+VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002  # no training has the tasks of these
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 STATUS = re.compile("[A-Z_]+: ")  # what errors of XLA begin with, which may be a JaxRuntimeError or a ValueError
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
@@ -128,7 +129,7 @@ class Run:
         # What decides how the trainings go; an option that came later counts as its default in an earlier run.
         fixed = {name: value for name, value in self.config.items() if name not in options.may_change}
         defaults = {field.name: field.default for field in dataclasses.fields(options) if field.name in fixed}
-        claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults, free=options.may_change)
+        claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults, ignored=options.may_change)
         several = options.distributed or (options.devices or 1) > 1
         self.mesh = task_mesh(options.devices) if several else None
         if self.mesh and options.num_tasks % self.mesh.size:

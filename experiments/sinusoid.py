@@ -39,7 +39,6 @@ PUBLISHED = {  # mean squared error, 5-shot, by number of adaptation steps
 PENALTIES = {"multi_task": no_penalty, "multi_task_norm": squared_norm, "multi_task_mean": squared_distance}
 KERNEL_INITS = {"corrected": jax.nn.initializers.lecun_normal(), "paper": jax.nn.initializers.truncated_normal(0.01)}
 TUNED = ("reptile", "pretrained", "random", *PENALTIES)  # their step size of fine-tuning is tuned
-VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002
 Method = Literal[
     "maml", "fomaml", "reptile", "pretrained", "oracle", "random", "multi_task", "multi_task_norm", "multi_task_mean"
 ]
@@ -114,7 +113,7 @@ def execute(options: Options, run: runner.Run) -> None:
         for shots in options.eval_shots:
             lr = tuned_lr(options, states, shots=shots) if method in TUNED else options.inner_lr
             fits.setdefault(method, (jax.tree.map(lambda leaf: leaf[0], states), lr))
-            errors = query_errors(states, lr, options=options, oracle=method == "oracle", shots=shots, seed=TEST_SEED)
+            errors = query_errors(states, lr, options=options, oracle=method == "oracle", shots=shots, seed=runner.TEST_SEED)
             fields = {"method": method, "setting": f"{shots}-shot", "protocol": options.protocol, "tasks": options.eval_tasks}
             fields |= {"note": f"step size {lr:g}" if method in TUNED else "", **run.effort(method)}
             published = PUBLISHED.get(method, {}) if shots == 5 else {}
@@ -152,7 +151,7 @@ def train(method: Method, learner: MetaLearner, options: Options, run: runner.Ru
     validation = sinusoid(shots=options.shots, queries=options.eval_queries, reveal=oracle)
 
     def validation_error(state: State) -> Array:  # for the log: it is the last state that is evaluated
-        losses = evaluate(learner, state, validation, key=jax.random.key(VALIDATION_SEED), num_tasks=options.eval_tasks)
+        losses = evaluate(learner, state, validation, key=jax.random.key(runner.VALIDATION_SEED), num_tasks=options.eval_tasks)
         return losses["loss"][:, -1].mean()
 
     sample = sinusoid(shots=options.shots, queries=options.queries, reveal=oracle)
@@ -181,9 +180,11 @@ def query_errors(states: State, lr: Array | float, *, options: Options, oracle: 
 def tuned_lr(options: Options, states: State, *, shots: int) -> float:
     """The step size of fine-tuning with the least error on validation tasks, over all steps and seeds."""
     errors = [
-        query_errors(states, lr, options=options, oracle=False, shots=shots, seed=VALIDATION_SEED)[..., 1:].mean()
+        query_errors(states, lr, options=options, oracle=False, shots=shots, seed=runner.VALIDATION_SEED)[..., 1:].mean()
         for lr in options.tuning_lrs
     ]
+    if not jnp.isfinite(jnp.array(errors)).any():
+        raise ValueError(f"none of --tuning-lrs, {options.tuning_lrs}, has finite errors. Give smaller ones.")
     return options.tuning_lrs[int(jnp.nanargmin(jnp.array(errors)))]
 
 
@@ -200,7 +201,7 @@ def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path
     for row, (method, (state, lr)) in zip(panels, ((method, fits[method]) for method in shown), strict=True):
         for column, axes in enumerate(row):
             interval = (INPUT[0], 0.0) if column % 2 else INPUT
-            task = sinusoid(shots=5, queries=400, support_range=interval)(jax.random.key(TEST_SEED + column // 2))
+            task = sinusoid(shots=5, queries=400, support_range=interval)(jax.random.key(runner.TEST_SEED + column // 2))
             x, y = (values[jnp.argsort(task.query.x[:, 0])] for values in task.query)
             _, states = fine_tune(network(options), mse, state.params, task.support, optax.sgd(lr), options.eval_steps)
             axes.plot(x, y, color="0.75", linewidth=4, label="true curve")

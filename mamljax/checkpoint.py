@@ -1,5 +1,6 @@
 """Checkpoints that survive kills, full disks and corruption; Orbax underneath."""
 
+import contextlib
 import os
 import shutil
 import sys
@@ -16,6 +17,8 @@ from jax import Array
 
 from mamljax.run_directory import CheckpointError, claim_directory
 from mamljax.types import PyTree
+
+READ_ATTEMPTS = 20  # while another process writes
 
 
 class Checkpoints:
@@ -85,6 +88,7 @@ class Checkpoints:
 
         Raises:
             CheckpointError: the checkpoint is one of another model or method, or none can be read.
+            FileNotFoundError: opened to read only, by another process that is training there it was replaced meanwhile.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
@@ -93,14 +97,16 @@ class Checkpoints:
             except (CheckpointError, MemoryError):
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax or tensorstore raise
+                if not (self.writes or (self.directory / "steps" / str(step)).exists()):
+                    raise FileNotFoundError(f"the checkpoint of meta-update {step} is there no longer") from error
                 print(f"The checkpoint of meta-update {step} in {self.directory} cannot be read ({_in_short(error)}); "
                       "falling back to the one before.", file=sys.stderr)  # fmt: skip
                 continue
             # Put aside only now that an older one was read: where none can be, they stay where they are.
             for damaged in (s for s in steps if s > step and self.writes):
                 self._put_aside(damaged)
-            # Orbax keeps its own list, and would refuse to save again under the number of one that was moved.
-            self._manager.reload()
+            if self.writes:  # Orbax keeps its own list, and would refuse to save again under the number of one that was moved
+                self._manager.reload()
             return step, _as_jax_arrays(tree, like)
         if steps:
             raise CheckpointError(f"no checkpoint in {self.directory} can be read. Delete that directory to start afresh.")
@@ -131,6 +137,18 @@ class Checkpoints:
         aside.mkdir(exist_ok=True)
         shutil.rmtree(aside / str(step), ignore_errors=True)
         (self.directory / "steps" / str(step)).rename(aside / str(step))
+
+
+def read_newest(directory: str | os.PathLike, like: PyTree) -> tuple[int, PyTree] | None:
+    """Read the newest checkpoint, as `Checkpoints.restore` does, where another process may be training; nothing is changed.
+
+    Raises:
+        CheckpointError: as `Checkpoints` and `restore`; or whatever is listed is replaced before it can be read.
+    """
+    for _ in range(READ_ATTEMPTS):
+        with contextlib.suppress(FileNotFoundError):  # raised by Orbax, too, when it lists what then goes
+            return Checkpoints(directory, None).restore(like)
+    raise CheckpointError(f"the checkpoints in {directory} are replaced faster than they can be read. Try again later.")
 
 
 def _is_key(leaf: Any) -> bool:

@@ -29,9 +29,15 @@ def check_counts(**counts: int) -> None:
 
 def check_positive(name: str, value: float, hint: str = "") -> None:
     """Raise `ValueError` unless `value` is a positive and finite number; `hint` says what to do instead."""
-    is_number = isinstance(value, numbers.Real | Array | np.ndarray) and jnp.ndim(value) == 0 and not isinstance(value, bool)
-    if not (is_number and math.isfinite(value) and value > 0):
+    if not (is_number(value) and math.isfinite(value) and value > 0):
         raise ValueError(f"{name} must be positive and finite, got {value!r}. {hint}".rstrip())
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, or an array that is one; a truth value is not."""
+    if isinstance(value, Array | np.ndarray):
+        return value.ndim == 0 and not jnp.issubdtype(value.dtype, jnp.bool_)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -42,7 +48,7 @@ def check_choice(name: str, value: object, choices: Any) -> None:
 
 def check_metric_fns(metric_fns: Mapping[str, LossFn]) -> None:
     """Raise `ValueError` unless metrics are given by name, and none has that under which the loss is reported."""
-    if not isinstance(metric_fns, Mapping):
+    if not isinstance(metric_fns, Mapping) or not all(callable(fn) for fn in metric_fns.values()):
         raise ValueError(
             f'metric_fns must be a dict of functions by name, such as {{"accuracy": accuracy}}, got {metric_fns!r}.'
         )
@@ -69,19 +75,19 @@ def check_params(params: PyTree) -> None:
             )
 
 
-def scalar(loss_fn: Callable[..., Array]) -> Callable[..., Array]:
-    """The same loss, which raises `ValueError` if it is no scalar."""
+def returning_scalar(fn: Callable[..., Array], name: str = "loss") -> Callable[..., Array]:
+    """The same loss or metric, which raises `ValueError` if it is no scalar."""
 
     def checked(*args: PyTree) -> Array:
-        loss = loss_fn(*args)
-        if jnp.shape(loss) != ():
-            raise ValueError(f"the loss must be a scalar, got shape {jnp.shape(loss)}. Take its mean over the examples.")
-        return loss
+        value = fn(*args)
+        if jnp.shape(value) != ():
+            raise ValueError(f"the {name} must be a scalar, got shape {jnp.shape(value)}. Take its mean over the examples.")
+        return value
 
     return checked
 
 
-def leading_length(data: PyTree) -> int:
+def num_entries(data: PyTree) -> int:
     """The length of the leading axis, which all leaves of `data` must have alike; else `ValueError`."""
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(data)]
     lengths = {shape[:1] for shape in shapes}
@@ -103,6 +109,14 @@ def warn_of_constant_tasks(sample: SampleFn, key: Array) -> None:
         )
 
 
+def check_key(key: Array, *, several: bool = False) -> None:
+    """Raise `ValueError` unless `key` is a typed random key, or, where there may be several, a vector of such keys."""
+    if not isinstance(key, Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > several or key.size == 0:
+        got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
+        vector = " or a vector of such keys" if several else ""
+        raise ValueError(f"key must be jax.random.key(seed){vector}, got {got}.")
+
+
 def check_task(task: Task) -> None:
     """Raise `ValueError` unless support and query are non-empty, well-formed and alike in structure."""
     if not isinstance(task, Task):
@@ -122,6 +136,6 @@ def check_task(task: Task) -> None:
             raise ValueError(f"x and y of the {name} set must have one length, got shapes {shapes[name]}.")
         if lengths == {0}:
             raise ValueError(f"the {name} set is empty (shapes {shapes[name]}). Draw at least one example.")
-    inner = {name: [leaf.shape[1:] for leaf in jax.tree.leaves(examples)] for name, examples in task._asdict().items()}
-    if inner["support"] != inner["query"]:
+    of_one = {name: [leaf.shape[1:] for leaf in jax.tree.leaves(examples)] for name, examples in task._asdict().items()}
+    if of_one["support"] != of_one["query"]:
         raise ValueError(f"support and query must differ in length only, got shapes {shapes}.")

@@ -10,9 +10,10 @@ from jax import Array, lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from mamljax.checks import check_count, warn_of_constant_tasks
+from mamljax.checks import check_count, check_key, warn_of_constant_tasks
+from mamljax.closures import as_partial, closed_over_or_carried
 from mamljax.devices import divide, num_shares
-from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial, closed_over_or_carried
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State
 
 
 def evaluate(
@@ -32,7 +33,8 @@ def evaluate(
     Args:
         learner: what to evaluate.
         state: a state of it.
-        sample: key -> task; a `jax.tree_util.Partial` if it carries arrays.
+        sample: key -> task; a `jax.tree_util.Partial` if it carries arrays. Compiled anew in each call if it is an object whose
+            attributes may change.
         key: a JAX random key.
         num_tasks: how many tasks; 600 in the paper.
         chunk_size: tasks computed at a time, by each device, where memory is short; by default all of them.
@@ -41,14 +43,14 @@ def evaluate(
         Each metric as [num_tasks, S + 1], before and after each adaptation step. See `mean_and_ci95`.
 
     Raises:
-        ValueError: a count below 1, no `State`, or one of several seeds.
+        ValueError: a count below 1, no `State`, or one of several seeds; no key.
     """
     if not isinstance(state, State):
         raise ValueError(f"state must be a State, such as the result of fit has, got {type(state).__name__}.")
     check_count("num_tasks", num_tasks)
     chunk_size = num_tasks if chunk_size is None else chunk_size
     check_count("chunk_size", chunk_size)
-
+    check_key(key)
     sample, carried = closed_over_or_carried(sample)
     return _compile(learner, sample, num_tasks, min(chunk_size, num_tasks))(state, key, carried)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax.checks import check_choice, check_params, leading_length, scalar
+from mamljax.checks import check_choice, check_params, num_entries, returning_scalar
 from mamljax.mixed import mixed_mode_gradient
 from mamljax.rules import Rule, as_rule
 from mamljax.types import PyTree
@@ -58,7 +58,7 @@ def adapt(
     """
     check_params(params)
     rule = as_rule(rule)
-    gradient = _inner_gradient(scalar(loss_fn), differentiation)
+    gradient = _inner_gradient(returning_scalar(loss_fn), differentiation)
 
     def step(carry: tuple, entry: PyTree) -> tuple[tuple, PyTree]:
         params, opt = carry
@@ -68,7 +68,7 @@ def adapt(
 
     path = [_with_axis(params)]
     carry = (params, rule.init(params))
-    num_steps = leading_length(data)
+    num_steps = num_entries(data)
     # The carry of a scan has a task axis from the start under `vmap`. (And a lone step needs no scan.)
     first_apart = num_steps == 1 or (num_steps > 1 and unroll_first)
     if first_apart:

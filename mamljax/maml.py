@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.checks import check_choice, check_count, check_metric_fns, check_task
+from mamljax.checks import check_choice, check_count, check_metric_fns, check_task, returning_scalar
 from mamljax.inner import Differentiation, adapt
 from mamljax.outer import meta_learner
 from mamljax.rules import Rule, rule_for
@@ -104,11 +104,11 @@ def learning_curve(
     rule: optax.GradientTransformation,
     num_steps: int,
     *,
-    metric_fns: Mapping[str, LossFn],
+    metric_fns: Mapping[str, LossFn] = {},
 ) -> Metrics:
     """Fine-tune on the support set; the loss and metrics on the query set before and after each step, each [num_steps + 1]."""
     check_task(task)
     _, path = fine_tune(model, loss_fn, params, task.support, rule, num_steps)
     outputs = jax.vmap(model.apply, in_axes=(0, None))(path, task.query.x)
-    named = {"loss": loss_fn, **metric_fns}
+    named = {name: returning_scalar(fn, name) for name, fn in {"loss": loss_fn, **metric_fns}.items()}
     return {name: jax.vmap(fn, in_axes=(0, None))(outputs, task.query.y) for name, fn in named.items()}

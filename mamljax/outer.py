@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax.checks import check_count, check_optimiser
+from mamljax.checks import check_count, check_optimiser, returning_scalar
 from mamljax.devices import mean_over_devices, num_shares
 from mamljax.types import MetaLearner, Metrics, PyTree, State
 
@@ -43,12 +43,13 @@ def meta_learner(
         A meta-learner whose metrics are `loss` (mean over tasks, before the update) and `grad_norm` (of the meta-gradient).
 
     Raises:
-        ValueError: a `chunk_size` below 1, a `tx` that is no optimiser; at the first update, one that does not divide B.
+        ValueError: a `chunk_size` below 1, a `tx` that is no optimiser; at the first update, a `chunk_size` that does not
+            divide B, a `task_loss` that is no scalar.
     """
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
     check_optimiser(tx)
-    tx = optax.with_extra_args_support(tx)
+    tx, task_loss = optax.with_extra_args_support(tx), returning_scalar(task_loss)
 
     def init(key: Array) -> State:
         params = init_params(key)

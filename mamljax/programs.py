@@ -11,9 +11,10 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import Partial
 
+from mamljax.closures import as_partial, closed_over_or_carried
 from mamljax.devices import on, place
 from mamljax.loop import INIT, meta_updates, sampler_by_update, vmap_over_seeds
-from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State, as_partial, closed_over_or_carried
+from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State
 
 KEPT = 8  # of each kind
 
@@ -24,6 +25,29 @@ class Snapshot(NamedTuple):
     state: State
     best: State  # that of the lowest validation error so far
     best_error: Array  # [] float32, infinity before the first validation
+
+
+def first_snapshot(learner: MetaLearner, key: Array) -> Snapshot:
+    """The snapshot before the first meta-update."""
+    first = learner.init(jax.random.fold_in(key, INIT))
+    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), first)  # no weak types: they would retrace
+    return Snapshot(state, state, jnp.float32(jnp.inf))
+
+
+def _validate(snapshot: Snapshot, validate_fn: Callable[[State], Array]) -> tuple[Snapshot, Array]:
+    error = jnp.asarray(validate_fn(snapshot.state), snapshot.best_error.dtype)
+    if error.shape != ():
+        raise ValueError(f"validate_fn must return a number for the whole state, got shape {error.shape}. Take the mean.")
+    # An error that is NaN is never better; the first one that is finite always is.
+    better = error < snapshot.best_error
+    best = optax.tree.where(better, snapshot.state, snapshot.best)
+    return Snapshot(snapshot.state, best, jnp.where(better, error, snapshot.best_error)), error
+
+
+def best_state(snapshot: Snapshot) -> State:
+    """The best state, or the last one if none was validated, or none with a finite error."""
+    validated = jnp.isfinite(snapshot.best_error)
+    return optax.tree.where(validated, snapshot.best, snapshot.state)
 
 
 @functools.lru_cache(KEPT)
@@ -97,26 +121,3 @@ def _on_mesh(mesh: Mesh | None, compiled: Callable) -> Callable:
             return compiled(*args)
 
     return call
-
-
-def first_snapshot(learner: MetaLearner, key: Array) -> Snapshot:
-    """The snapshot before the first meta-update."""
-    first = learner.init(jax.random.fold_in(key, INIT))
-    state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), first)  # no weak types: they would retrace
-    return Snapshot(state, state, jnp.float32(jnp.inf))
-
-
-def _validate(snapshot: Snapshot, validate_fn: Callable[[State], Array]) -> tuple[Snapshot, Array]:
-    error = jnp.asarray(validate_fn(snapshot.state), snapshot.best_error.dtype)
-    if error.shape != ():
-        raise ValueError(f"validate_fn must return a number for the whole state, got shape {error.shape}. Take the mean.")
-    # An error that is NaN is never better; the first one that is finite always is.
-    better = error < snapshot.best_error
-    best = optax.tree.where(better, snapshot.state, snapshot.best)
-    return Snapshot(snapshot.state, best, jnp.where(better, error, snapshot.best_error)), error
-
-
-def best_state(snapshot: Snapshot) -> State:
-    """The best state, or the last one if none was validated, or none with a finite error."""
-    validated = jnp.isfinite(snapshot.best_error)
-    return optax.tree.where(validated, snapshot.best, snapshot.state)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.baselines.metric_learning import prototypes
 from mamljax.checks import check_choice, check_count, check_metric_fns, check_task
+from mamljax.comparison import prototypes
 from mamljax.inner import Differentiation
 from mamljax.maml import fine_tune, learning_curve
 from mamljax.models import with_linear_head

@@ -4,7 +4,6 @@
 """
 
 import json
-import math
 import os
 import platform
 import subprocess
@@ -90,21 +89,19 @@ def write_results(
         path: usually OUT/results.json.
         experiment: the script's name.
         config: its options, as JSON values.
-        rows: the numbers; one that is not finite becomes null.
+        rows: the numbers; here as in the options one that is not finite becomes null.
         seconds: time spent in training.
         num_devices: how many were used.
     """
 
-    def plain(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
     results = {
         "experiment": experiment,
-        "config": {key: plain(value) for key, value in config.items()},
+        "config": dict(config),
         "environment": environment(num_devices),
         "seconds": round(seconds, 1),
-        "rows": [{key: plain(value) for key, value in row._asdict().items()} for row in rows],
+        "rows": [row._asdict() for row in rows],
     }
+    results = json.loads(json.dumps(results), parse_constant=lambda name: None)  # NaN and Infinity are not JSON
     write_atomically(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return results
 

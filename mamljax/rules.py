@@ -1,7 +1,6 @@
 """Inner rules: how an adaptation step follows the gradient. Any Optax transformation is one."""
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -12,7 +11,7 @@ import optax
 from jax import Array, lax
 from jax.core import Tracer
 
-from mamljax.checks import check_count, check_params
+from mamljax.checks import check_count, check_params, is_number
 from mamljax.types import Model, PyTree
 
 
@@ -30,7 +29,7 @@ PROBED_STEPS = 8  # rectified Adam changes its rule within the first few
 
 def as_rule(rule: Rule) -> optax.GradientTransformation:
     """Make an inner rule of a step size; an Optax transformation stays as it is, and its derivatives are not looked at."""
-    if _is_number(rule):
+    if is_number(rule):
         check_step_size(rule)
         return optax.sgd(rule)
     if not isinstance(rule, optax.GradientTransformation):
@@ -59,7 +58,7 @@ def checked_rule(rule: Rule, params: PyTree, *, differentiable: bool) -> optax.G
             gradient that is zero as a whole is not tried.
     """
     check_params(params)
-    if _is_number(rule):
+    if is_number(rule):
         return as_rule(rule)
     _check_updates(as_rule(rule), params, differentiable=differentiable)
     return rule
@@ -107,7 +106,7 @@ def rule_for(model: Model, rule: Rule, *, differentiable: bool) -> optax.Gradien
     """
     if not isinstance(model, Model):
         raise ValueError(f"model must be a Model, got {type(model).__name__}. Make one by models.from_linen or from_nnx.")
-    if isinstance(model, RuleLearningModel) and _is_number(rule):
+    if isinstance(model, RuleLearningModel) and is_number(rule):
         raise ValueError(
             f"the model learns its own inner rule, and would learn nothing of it with rule={rule}. Pass that rule."
         )
@@ -116,14 +115,8 @@ def rule_for(model: Model, rule: Rule, *, differentiable: bool) -> optax.Gradien
 
 def check_step_size(inner_lr: float | Array) -> None:
     """Raise `ValueError` unless the step size is a positive and finite number, or a traced one."""
-    if not (_is_number(inner_lr) and (isinstance(inner_lr, Tracer) or (math.isfinite(inner_lr) and inner_lr > 0))):
+    if not (is_number(inner_lr) and (isinstance(inner_lr, Tracer) or (math.isfinite(inner_lr) and inner_lr > 0))):
         raise ValueError(f"the inner step size must be positive and finite, got {inner_lr}. The paper uses 0.01 to 0.4.")
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool):
-        return False
-    return isinstance(value, numbers.Real) or (isinstance(value, Array | np.ndarray) and value.ndim == 0)
 
 
 def _with_dead_units(ones: PyTree) -> list[PyTree]:
@@ -226,8 +219,8 @@ def learned_by_step(
 
 
 def _step_index(step: Array, length: int) -> Array:
-    """The number of a step, which is a parameter and therefore floating-point, as an index; the last of all beyond."""
-    return jnp.minimum(step.astype(int), length - 1)
+    """The number of a step as an index, at most the last. As a parameter it is floating-point: noise may move it a little."""
+    return jnp.minimum(jnp.round(step).astype(int), length - 1)
 
 
 def all_but(frozen: str | Sequence[str], rule: Rule) -> optax.GradientTransformation:

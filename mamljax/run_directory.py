@@ -19,7 +19,7 @@ class CheckpointError(Exception):
 
 
 def claim_directory(
-    directory: Path, config: dict[str, Any], *, defaults: Mapping[str, Any] = {}, free: Collection[str] = ()
+    directory: Path, config: dict[str, Any], *, defaults: Mapping[str, Any] = {}, ignored: Collection[str] = ()
 ) -> None:
     """Write `config.json` into a directory, or check that the one in there says the same.
 
@@ -30,7 +30,7 @@ def claim_directory(
         config: JSON values.
         defaults: what entries that are not in there count as: a run of an earlier version lacks those that came later, whose
             defaults must let it go on as it began.
-        free: entries in there to ignore: an earlier version still compared them, and by now they may differ.
+        ignored: entries in there that do not count: an earlier version still compared them, and by now they may differ.
 
     Raises:
         CheckpointError: it says something else, cannot be read, or the directory cannot be written.
@@ -41,7 +41,7 @@ def claim_directory(
     if not path.exists():
         _write_config(path, config)
     # Read back even where it was just written: another process may have come between.
-    saved = {name: value for name, value in read_config(directory).items() if name not in free}
+    saved = {name: value for name, value in read_config(directory).items() if name not in ignored}
     found = {**defaults, **saved}
     keys = [key for key in sorted(config.keys() | found.keys()) if not _are_equal(config.get(key), found.get(key))]
     if keys and found.keys() == config.keys() and not _is_used(directory):

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from mamljax.checkpoint import Checkpoints
-from mamljax.checks import check_count, check_counts
+from mamljax.checkpoint import read_newest
+from mamljax.checks import check_count, check_counts, check_key
 from mamljax.devices import any_host, check_shares, from_first_host, is_first_host, place, take_back, task_mesh
 from mamljax.divergence import finite_means
 from mamljax.interruption import interruptions
@@ -66,7 +65,8 @@ def fit(
         learner: the method.
         sample: key -> one task; drawn inside the compiled loop. A `jax.tree_util.Partial` carries arrays, such as images,
             which are then passed to the compiled program instead of copied into it; `validate_fn` alike. `tasks.host.HostTasks`
-            makes one of any Python function; with a method `prepare`, as it has, a sampler draws ahead on the host.
+            makes one of any Python function; with a method `prepare`, as it has, a sampler draws ahead on the host. Programs
+            are kept for the next call with the same function; not for an object, whose attributes may have changed by then.
         key: a JAX random key; or an array of N keys, to train N seeds in one compiled program.
         num_updates: meta-updates in all.
         num_tasks: B, tasks in a meta-batch.
@@ -102,7 +102,7 @@ def fit(
     check_counts(num_tasks=num_tasks, log_every=log_every, validate_every=validate_every)
     if tensorboard and directory is None:
         raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
-    _check_key(key)
+    check_key(key, several=True)
     mesh = _checked_mesh(mesh, num_tasks)
     # A compiled call ends at each multiple of either, so that every line of the log is of the same meta-updates after a resume.
     validated = validate_fn is not None
@@ -203,7 +203,7 @@ def read_best(learner: MetaLearner, directory: str | Path, *, seed: int | None =
     # To read what was saved, shapes are enough: no state is drawn here.
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), seeds))
     by_seed = functools.partial(vmap_over_seeds, seeds)
-    saved = Checkpoints(directory, None).restore(jax.eval_shape(by_seed(functools.partial(first_snapshot, learner)), key))
+    saved = read_newest(directory, jax.eval_shape(by_seed(functools.partial(first_snapshot, learner)), key))
     if saved is None:
         raise CheckpointError(f"{directory} holds no checkpoint yet. Train for longer.")
     best = by_seed(best_state)(saved[1])
@@ -238,9 +238,3 @@ def _check_done(done: int, num_updates: int, directory: str | Path | None) -> No
         raise CheckpointError(
             f"{directory} holds {done} meta-updates, more than the {num_updates} asked for. Choose another directory."
         )
-
-
-def _check_key(key: Array) -> None:
-    if not isinstance(key, Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim > 1 or key.size == 0:
-        got = f"{key.dtype}{list(key.shape)}" if isinstance(key, Array) else repr(key)
-        raise ValueError(f"key must be jax.random.key(seed) or a vector of such keys, got {got}.")

@@ -4,11 +4,10 @@ Shape legend, used in every docstring:
     B tasks in a meta-batch, N ways, K shots, Q queries per class, n examples, S inner steps.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jax import Array
-from jax.tree_util import Partial
 
 PyTree = Any
 Metrics = dict[str, Array]
@@ -51,21 +50,3 @@ class MetaLearner(NamedTuple):
     init: Callable[[Array], State]  # key -> state
     update: Callable[[Array, State, PyTree], tuple[State, Metrics]]  # (key, state, tasks [B]) -> one meta-update
     evaluate: Callable[[Array, State, PyTree], Metrics]  # (key, state, task) -> metrics [S + 1], before and after each step
-
-
-def as_partial(fn: Callable) -> Partial:
-    """Make a function a pytree, which `jit` takes as an argument.
-
-    Arrays that a `Partial` carries are arguments with it; those that a plain function closes over remain constants.
-    """
-    return fn if isinstance(fn, Partial) else Partial(fn)
-
-
-def closed_over_or_carried(fn: Callable | None) -> tuple[Callable | None, Callable | None]:
-    """Divide functions by how compiled programs get them: those that close over data, and those that carry it as arguments.
-
-    As an argument, JAX would never let go of a function that closes over data, nor of the data.
-    """
-    if fn is None or isinstance(fn, Partial):
-        return None, fn
-    return fn if isinstance(fn, Hashable) else fn.__call__, None  # programs are kept by its hash

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -13,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mamljax import checkpoint
-from mamljax.checkpoint import Checkpoints
+from mamljax.checkpoint import Checkpoints, read_newest
 from mamljax.files import write_atomically
 from mamljax.run_directory import CheckpointError, claim_directory, read_config
 from mamljax.types import State
@@ -188,7 +190,7 @@ def test_an_entry_that_came_later_counts_as_its_default(tmp_path):
 
 def test_a_run_goes_on_with_a_version_that_has_set_an_option_free(tmp_path):
     claim_directory(tmp_path, {"shots": 1, "precision": "float32"})
-    claim_directory(tmp_path, {"shots": 1}, free=("precision",))
+    claim_directory(tmp_path, {"shots": 1}, ignored=("precision",))
     with pytest.raises(CheckpointError, match="another configuration"):
         claim_directory(tmp_path, {"shots": 1})
 
@@ -232,6 +234,29 @@ def test_a_reader_changes_nothing(two):
     assert_equal(tree, scaled(1))
     assert half_written.is_dir()
     assert (two / "steps" / "2").is_dir()
+
+
+@pytest.mark.parametrize("replaced", [1, 2])
+def test_a_reader_finds_what_replaced_the_checkpoints_that_it_has_listed(two, monkeypatch, capsys, replaced):
+    """Once, and once more while it reads again."""
+    read, writer, steps = Checkpoints._read, Checkpoints(two, {}), iter(range(3, 3 + 2 * replaced))
+
+    def meanwhile(checkpoints, step, like):
+        for newer in itertools.islice(steps, 2):
+            writer.save(newer, scaled(newer))
+        return read(checkpoints, step, like)
+
+    monkeypatch.setattr(Checkpoints, "_read", meanwhile)
+    step, tree = read_newest(two, jax.eval_shape(lambda: TREE))
+    assert step == 2 + 2 * replaced
+    assert_equal(tree, scaled(step))
+    assert capsys.readouterr().err == ""
+
+
+def test_a_reader_gives_up_in_the_end(two, monkeypatch):
+    monkeypatch.setattr(Checkpoints, "restore", lambda checkpoints, like: (two / "nothing").stat())
+    with pytest.raises(CheckpointError, match="are replaced faster than they can be read. Try again later."):
+        read_newest(two, jax.eval_shape(lambda: TREE))
 
 
 def test_nothing_to_read(tmp_path):
@@ -281,6 +306,14 @@ def test_files_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         write_atomically(path, "new")
     assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_threads_may_write_a_file_at_once(tmp_path):
+    path = tmp_path / "file"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: write_atomically(path, str(number) * 1000), range(100)))
+    assert len(path.read_text()) in (1000, 2000)
     assert list(tmp_path.iterdir()) == [path]
 
 

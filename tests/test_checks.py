@@ -1,9 +1,10 @@
 """Messages about bad counts and malformed tasks."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from mamljax.checks import check_count, check_task
+from mamljax.checks import check_count, check_positive, check_task
 from mamljax.types import Examples, Task
 
 GOOD = Examples(jnp.zeros((3, 2)), jnp.zeros((3, 1)))
@@ -13,6 +14,17 @@ GOOD = Examples(jnp.zeros((3, 2)), jnp.zeros((3, 1)))
 def test_count_must_be_a_positive_whole_number(value):
     with pytest.raises(ValueError, match=r"inner_steps must be a whole number of at least 1, got .*\. Use pretrain"):
         check_count("inner_steps", value, "Use pretrain.")
+
+
+@pytest.mark.parametrize("value", [0, -1.0, np.inf, np.nan, True, np.True_, jnp.array(True), np.ones(1), "1", None])
+def test_what_must_be_positive_is_a_positive_number(value):
+    with pytest.raises(ValueError, match=r"strength must be positive and finite, got .*\. Use 1\."):
+        check_positive("strength", value, "Use 1.")
+
+
+@pytest.mark.parametrize("value", [1, 0.5, np.float32(0.5), np.array(0.5), jnp.array(0.5)])
+def test_numbers_of_all_kinds_may_be_positive(value):
+    check_positive("strength", value)
 
 
 def test_count_may_have_another_minimum():

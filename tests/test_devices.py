@@ -14,6 +14,7 @@ import optax
 import pytest
 from jax.sharding import Mesh
 
+from mamljax.closures import as_partial
 from mamljax.devices import divide, on, place, take_back, task_mesh
 from mamljax.evaluate import evaluate
 from mamljax.loop import meta_updates
@@ -24,7 +25,6 @@ from mamljax.outer import meta_learner
 from mamljax.tasks.images import HostEpisodes
 from mamljax.tasks.sinusoid import sinusoid
 from mamljax.train import fit
-from mamljax.types import as_partial
 
 KEY = jax.random.key(0)
 KEYS = jax.vmap(jax.random.key)(jnp.arange(2))

@@ -18,9 +18,8 @@ LEARNER = MetaLearner(
 
 
 def values_of(num_tasks=10, params=2.0, **arguments):
-    return evaluate(LEARNER, State(jnp.float32(params), ()), jax.random.uniform, key=KEY, num_tasks=num_tasks, **arguments)[
-        "loss"
-    ]
+    arguments = {"key": KEY, "num_tasks": num_tasks} | arguments
+    return evaluate(LEARNER, State(jnp.float32(params), ()), jax.random.uniform, **arguments)["loss"]
 
 
 def test_every_task_is_a_row():
@@ -86,6 +85,12 @@ def test_several_states_at_once():
     many = jax.vmap(lambda state: evaluate(LEARNER, state, jax.random.uniform, key=KEY, num_tasks=5)["loss"])(states)
     np.testing.assert_allclose(many[0], values_of(5), rtol=1e-6)
     np.testing.assert_allclose(many[1], values_of(5, params=3.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("key", [0, jax.random.PRNGKey(0), jax.random.split(KEY)])
+def test_the_key_is_one_typed_key(key):
+    with pytest.raises(ValueError, match=r"key must be jax.random.key\(seed\), got "):
+        values_of(key=key)
 
 
 @pytest.mark.parametrize("bad", [{"num_tasks": 0}, {"chunk_size": 0}])

@@ -26,6 +26,13 @@ def test_descends_the_mean_over_tasks():
     np.testing.assert_allclose(state.params, 3.0 - 1.5)
 
 
+@pytest.mark.parametrize("num_tasks", [1, 2])
+def test_the_loss_of_a_task_is_a_scalar(num_tasks):
+    learner = learner_with(lambda params, task: jnp.stack([params, task]))
+    with pytest.raises(ValueError, match=r"the loss must be a scalar, got shape \(2,\). Take its mean"):
+        learner.update(KEY, learner.init(KEY), jnp.ones(num_tasks))
+
+
 def test_gather_is_not_differentiated():
     def gather(key, params, task):
         return params * task

@@ -32,7 +32,13 @@ def make_rows():
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / "results.json"
-    write_results(path, experiment="sinusoid", config={"limit": float("inf"), "lr": 0.1}, rows=make_rows(), seconds=12.345)
+    write_results(
+        path,
+        experiment="sinusoid",
+        config={"limit": float("inf"), "lr": 0.1, "lrs": (0.1, float("nan"))},
+        rows=make_rows(),
+        seconds=12.345,
+    )
     return path
 
 
@@ -49,7 +55,7 @@ def test_the_schema(path):
     assert set(results) == {"experiment", "config", "environment", "seconds", "rows"}
     assert set(results["environment"]) == {"device", "versions", "git"}
     assert {"jax", "python", "mamljax"} <= set(results["environment"]["versions"])
-    assert results["config"] == {"limit": None, "lr": 0.1}
+    assert results["config"] == {"limit": None, "lr": 0.1, "lrs": [0.1, None]}
     assert results["seconds"] == 12.3
     assert results["rows"][1] == {
         "method": "maml", "setting": "5-shot", "protocol": "paper", "metric": "mse", "step": 1, "mean": 0.5, "ci95": 0.05,

@@ -188,6 +188,16 @@ def test_each_step_has_its_own_step_sizes_and_parameters():
     assert path["step"].tolist() == [0, 1, 2, 3, 4]
 
 
+def test_the_count_of_steps_may_have_moved_a_little():
+    """As by noise of the outer optimiser, to which it is a parameter."""
+    model, rule = learned_by_step(SCALED, 0.5, 2, per_step="scale")
+    params = model.init(jax.random.key(0))
+    params["step_sizes"]["kernel"] = jnp.array([0.5, 0.25])
+    for moved in (-1e-3, 1e-3):
+        _, path = adapt(lambda p, _: model.apply(p, 1.0), params | {"step": jnp.float32(moved)}, jnp.zeros(2), rule)
+        np.testing.assert_allclose(path["theta"]["kernel"], [2, 1.5, 1.25])
+
+
 @pytest.mark.parametrize("mode", ["mixed", "reverse"])
 def test_meta_gradient_of_what_each_step_has_of_its_own(mode):
     """L = k_2 s_2 with k_2 = k - a_0 s_0 - a_1 s_1."""

@@ -454,22 +454,68 @@ def test_what_samplers_close_over_is_not_kept_for_good():
     assert all(reference() is None for reference in references)
 
 
-@dataclasses.dataclass
 class Sampler:
-    """A sampler that has no hash."""
+    """Of tasks that are what its attribute says."""
 
-    shots: int
+    def __init__(self):
+        self.value = 1.0
 
     def __call__(self, key):
-        return sinusoid(shots=self.shots, queries=3)(key)
+        return self.value + 0 * jax.random.uniform(key)
 
 
-def test_a_sampler_needs_no_hash():
-    sample = Sampler(3)
-    assert_equal(train(sample=sample).state, train().state)
-    state = LEARNER.init(KEY)
-    evaluated = (evaluate(LEARNER, state, sample, key=KEY, num_tasks=2) for sample in (sample, SAMPLE))
-    assert_equal(*evaluated)
+@dataclasses.dataclass
+class WithoutHash(Sampler):
+    value: float = 1.0
+    __call__ = Sampler.__call__
+
+
+@dataclasses.dataclass(frozen=True)
+class OfArrays:
+    """A sampler whose hash would be that of an array, which has none."""
+
+    values: np.ndarray
+
+    def __call__(self, key):
+        return jnp.asarray(self.values)[0] + 0 * jax.random.uniform(key)
+
+
+@pytest.mark.parametrize("build", [Sampler, WithoutHash])
+@pytest.mark.parametrize("as_given", [lambda sampler: sampler, lambda sampler: sampler.__call__])
+def test_objects_do_what_they_do_by_then(build, as_given):
+    """Samplers and validation, whose attributes have changed since an earlier call."""
+    sampler = build()
+    learner = scalar_learner(lambda params, task: task + 0 * params)
+    learner = learner._replace(evaluate=lambda key, state, task: {"loss": task[None]})
+    lines, evaluated = [], []
+    for value in (1.0, 5.0):
+        sampler.value = value
+        validate_fn = as_given(sampler)
+        settings = {"num_updates": 5, "on_log": lambda done, line: lines.append(line)}
+        train(learner, as_given(sampler), validate_fn=lambda state, of=validate_fn: of(KEY), **settings)
+        evaluated.append(evaluate(learner, learner.init(KEY), as_given(sampler), key=KEY, num_tasks=2)["loss"].mean())
+    assert [line["loss"] for line in lines] == evaluated == [1.0, 5.0]
+
+
+def test_what_validates_may_be_an_object_that_changes():
+    class Validation:
+        error = 1.0
+
+        def __call__(self, state):
+            return self.error + 0 * state.params
+
+    validation, errors = Validation(), []
+    for error in (1.0, 5.0):
+        validation.error = error
+        settings = {"num_updates": 5, "on_log": lambda done, line: errors.append(line["validation_error"])}
+        train(scalar_learner(), jax.random.uniform, validate_fn=validation, **settings)
+    assert errors == [1.0, 5.0]
+
+
+def test_an_object_need_not_have_a_hash():
+    sample = OfArrays(np.ones(3))
+    result = train(scalar_learner(), sample, validate_fn=lambda state: state.params)
+    assert result.state.params == train(scalar_learner(), lambda key: 1 + 0 * jax.random.uniform(key)).state.params
 
 
 def test_metrics_of_half_precision_are_averaged_in_double():

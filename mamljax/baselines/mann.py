@@ -10,8 +10,8 @@ import optax
 from jax import Array, lax
 
 from mamljax.baselines.meta_lstm import lstm
-from mamljax.baselines.metric_learning import cosine_similarity, evaluation, features_of
 from mamljax.checks import check_count, check_counts, check_task
+from mamljax.comparison import cosine_similarity, evaluation, features_of
 from mamljax.models import feature_size
 from mamljax.outer import meta_learner
 from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.baselines.metric_learning import evaluation, features_of, largest_of_class, unit
 from mamljax.checks import check_count, check_task
+from mamljax.comparison import evaluation, features_of, largest_of_class, unit
 from mamljax.outer import meta_learner
 from mamljax.types import Examples, LossFn, MetaLearner, Model, PyTree, Task
 

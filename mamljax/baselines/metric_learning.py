@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.checks import check_count, check_metric_fns, check_task
+from mamljax.checks import check_count, check_task
+from mamljax.comparison import Compare, cosine_similarity, evaluation, features_of, largest_of_class, prototypes
 from mamljax.models import with_linear_head
 from mamljax.outer import meta_learner
-from mamljax.types import LossFn, MetaLearner, Metrics, Model, PyTree, State, Task
-
-Compare = Callable[[PyTree, Task], Array]  # (params, task) -> logits [n, N] of the query set
+from mamljax.types import LossFn, MetaLearner, Model, PyTree, Task
 
 
 def matching(
@@ -131,43 +130,6 @@ def siamese(
     return _learner(model.init, compare, loss_fn, tx, metric_fns, chunk_size, task_loss)
 
 
-def prototypes(features: Array, labels: Array, ways: int) -> tuple[Array, Array]:
-    """The mean of the features [n, d] of each class, [N, d], zero without examples; and which classes have any, [N]."""
-    members = jax.nn.one_hot(labels, ways, axis=0)  # [N, n]
-    counts = members.sum(1)
-    # Divided by 1 where a class has no examples, as NaN would get into the gradient of all classes.
-    return members @ features / jnp.maximum(counts, 1)[:, None], counts > 0
-
-
-def cosine_similarity(a: Array, b: Array) -> Array:
-    """The cosine of the angles between vectors [n, d] and [m, d]: [n, m]."""
-    return unit(a) @ unit(b).T
-
-
-def unit(vectors: Array) -> Array:
-    """Vectors [..., d] scaled to length 1; zero stays zero."""
-    # The small number is within the root, whose derivative is infinite at zero.
-    return vectors / jnp.sqrt((vectors**2).sum(-1, keepdims=True) + 1e-12)
-
-
-def largest_of_class(similarity: Array, labels: Array, ways: int) -> Array:
-    """The largest of the similarities [n, m] with the examples of each class: [n, N], for their labels [m]."""
-    of_class = labels[None] == jnp.arange(ways)[:, None]
-    return jnp.where(of_class[None], similarity[:, None], -jnp.inf).max(-1)
-
-
-def evaluation(compare: Compare, loss_fn: LossFn, metric_fns: Mapping[str, LossFn]) -> Callable:
-    """The `evaluate` of a meta-learner that compares: the loss and the metrics on the query set, each [1]."""
-    check_metric_fns(metric_fns)
-
-    def evaluate(key: Array, state: State, task: Task) -> Metrics:
-        check_task(task)
-        logits = compare(state.params, task)
-        return {name: fn(logits, task.query.y)[None] for name, fn in {"loss": loss_fn, **metric_fns}.items()}
-
-    return evaluate
-
-
 def _learner(
     init: Callable[[Array], PyTree],
     compare: Compare,
@@ -185,9 +147,3 @@ def _learner(
 
     evaluate = evaluation(compare, loss_fn, metric_fns)
     return meta_learner(init, task_loss or query_loss, evaluate, tx=tx, chunk_size=chunk_size)
-
-
-def features_of(features: Model, params: PyTree, task: Task) -> tuple[Array, Array]:
-    """The features of the support set [N * K, d] and of the query set [n, d], which the network sees together."""
-    vectors = features.apply(params, jnp.concatenate([task.support.x, task.query.x]))
-    return vectors[: len(task.support.x)], vectors[len(task.support.x) :]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from mamljax.baselines.metric_learning import evaluation, features_of
 from mamljax.checks import check_count, check_counts, check_task
+from mamljax.comparison import evaluation, features_of
 from mamljax.distributions import Gaussian
 from mamljax.models import feature_size, mlp
 from mamljax.outer import meta_learner

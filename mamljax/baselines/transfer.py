@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import optax
 from jax import Array
 
-from mamljax.baselines.metric_learning import cosine_similarity, evaluation, largest_of_class
 from mamljax.baselines.pretrain import pretrain
 from mamljax.checks import check_count, check_metric_fns
+from mamljax.comparison import cosine_similarity, evaluation, largest_of_class
 from mamljax.maml import learning_curve
 from mamljax.models import with_linear_head
 from mamljax.rules import Rule, rule_for

@@ -11,8 +11,9 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from mamljax.checks import check_count, check_counts
+from mamljax.closures import as_partial
 from mamljax.tasks.host import prepared
-from mamljax.types import Examples, SampleFn, Task, as_partial
+from mamljax.types import Examples, SampleFn, Task
 
 
 def episodes(

@@ -166,7 +166,7 @@ def test_a_run_begins_with_the_network_of_another(finished, images, banks, tmp_p
     assert rows["fine_tuning", 0].note.startswith(f"{origin}, step size ")
     run = dataclasses.replace(read_options(tmp_path), data_dir=images, cache_dir=banks)
     comparison = build_learner("nearest_neighbour", run, 6, eval_steps=4, rule=0.1)
-    sizes = {"num_tasks": 4, "chunk_size": 1, "seed": few_shot.TEST_SEED}
+    sizes = {"num_tasks": 4, "chunk_size": 1, "seed": runner.TEST_SEED}
     scores = few_shot.accuracies(comparison, trained.state, load(run).test, **sizes)
     assert rows["nearest_neighbour", 0].mean == pytest.approx(100 * scores.mean())
     features, began = trained.params, read_trained(tmp_path / "checkpoints" / "maml", 6).params

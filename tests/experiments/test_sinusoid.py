@@ -74,6 +74,11 @@ def test_reptile_has_a_tuned_step_size_in_evaluation(tmp_path):
     assert all(row.note.startswith("step size 0.0") and row.mean > 0 for row in rows)
 
 
+def test_step_sizes_with_which_everything_diverges_are_refused(tmp_path, capsys):
+    assert main("--method", "random", "--tuning-lrs", 1e30, 1e32, "--out", tmp_path) == 2
+    assert "none of --tuning-lrs, (1e+30, 1e+32), has finite errors. Give smaller ones." in capsys.readouterr().err
+
+
 def test_a_run_of_a_version_with_fewer_options_goes_on(tmp_path, capsys):
     assert main("--out", tmp_path, "--method", "pretrained") == 0
     config = json.loads((tmp_path / "config.json").read_text())
