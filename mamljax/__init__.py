@@ -4,6 +4,9 @@ Everything is in its module: `from mamljax.maml import maml`, `from mamljax.trai
 evaluate`. Start with `types.py`, `inner.py` and `maml.py`; `experiments/sinusoid.py` puts them to use.
 """
 
-from importlib.metadata import version as _version
+from importlib import metadata as _metadata
 
-__version__ = _version("mamljax")
+try:
+    __version__ = _metadata.version("mamljax")
+except _metadata.PackageNotFoundError:  # imported from its directory
+    __version__ = "0+not.installed"

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from mamljax.types import Examples, LossFn, PyTree, SampleFn, Task
+from mamljax.types import Examples, LossFn, MetaLearner, PyTree, SampleFn, Task
 
 
 def check_count(name: str, value: int, hint: str = "", *, minimum: int = 1) -> None:
@@ -38,6 +38,25 @@ def is_number(value: object) -> bool:
     if isinstance(value, Array | np.ndarray):
         return value.ndim == 0 and not jnp.issubdtype(value.dtype, jnp.bool_)
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_seconds(**times: float) -> None:
+    """Raise `ValueError` unless all are numbers; they may be infinite, or zero and less for no time at all."""
+    for name, value in times.items():
+        if not is_number(value) or math.isnan(value):
+            raise ValueError(f"{name} must be a number of seconds, got {value!r}.")
+
+
+def check_callable(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` can be called."""
+    if not callable(value):
+        raise ValueError(f"{name} must be a function, got {type(value).__name__}.")
+
+
+def check_learner(learner: MetaLearner) -> None:
+    """Raise `ValueError` unless `learner` is a meta-learner."""
+    if not isinstance(learner, MetaLearner):
+        raise ValueError(f"learner must be a MetaLearner, as maml(...) returns it, got {type(learner).__name__}.")
 
 
 def check_choice(name: str, value: object, choices: Any) -> None:
@@ -80,6 +99,8 @@ def returning_scalar(fn: Callable[..., Array], name: str = "loss") -> Callable[.
 
     def checked(*args: PyTree) -> Array:
         value = fn(*args)
+        if not isinstance(value, Array | np.ndarray | np.generic | float | int):
+            raise ValueError(f"the {name} must be a scalar, got {type(value).__name__}. Return nothing beside it.")
         if jnp.shape(value) != ():
             raise ValueError(f"the {name} must be a scalar, got shape {jnp.shape(value)}. Take its mean over the examples.")
         return value

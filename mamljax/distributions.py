@@ -54,7 +54,7 @@ class Gaussian(NamedTuple):
 class Categorical(NamedTuple):
     """A choice of one among n."""
 
-    logits: Array  # [..., n] logarithms of the probabilities, up to a constant; finite, but as low as one likes
+    logits: Array  # [..., n] logarithms of the probabilities, up to a constant; as low as one likes, but finite
 
     @staticmethod
     def noise(key: Array, shape: tuple[int, ...]) -> Array:

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
-from mamljax.checks import check_count, check_key, warn_of_constant_tasks
+from mamljax.checks import check_callable, check_count, check_key, check_learner, warn_of_constant_tasks
 from mamljax.closures import as_partial, closed_over_or_carried
 from mamljax.devices import divide, num_shares
 from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State
@@ -51,6 +51,8 @@ def evaluate(
     chunk_size = num_tasks if chunk_size is None else chunk_size
     check_count("chunk_size", chunk_size)
     check_key(key)
+    check_learner(learner)
+    check_callable("sample", sample)
     sample, carried = closed_over_or_carried(sample)
     return _compile(learner, sample, num_tasks, min(chunk_size, num_tasks))(state, key, carried)
 

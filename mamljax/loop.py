@@ -31,12 +31,14 @@ def meta_updates(learner: MetaLearner, num_tasks: int, length: int, *, sampler_s
         return jax.vmap(jax.vmap(sample))(keys)
 
     def run(state: State, key: Array, start: Array, stop: Array, sample: SampleFn) -> tuple[State, Metrics]:
-        tasks = jax.eval_shape(jax.vmap(sample), jax.random.split(key, num_tasks))
-        if not jax.tree.leaves(tasks):
-            raise ValueError("the sampler must return a task, such as Task(support, query), got a pytree without arrays.")
+        task_shapes = jax.eval_shape(jax.vmap(sample), jax.random.split(key, num_tasks))
+        if not jax.tree.leaves(task_shapes):
+            raise ValueError(
+                "a task must have an array, as Task(support, query) has; the sampler returned a pytree without any."
+            )
         warn_of_constant_tasks(sample, key)
-        ahead = _num_drawn_ahead(tasks, length)
-        log = _empty_log(jax.eval_shape(update_state, key, state, tasks)[1], length)
+        ahead = _num_drawn_ahead(task_shapes, length)
+        log = _empty_log(jax.eval_shape(update_state, key, state, task_shapes)[1], length)
 
         def block(number: Array, carry: tuple) -> tuple:
             """Run the updates of block `number` that lie in this call."""
@@ -85,15 +87,15 @@ def _keys_of_update(key: Array, t: Array, num_tasks: int) -> tuple[Array, Array]
 
 def sampler_by_update(
     sample: SampleFn | None, key: Array, num_tasks: int, length: int, mesh: Mesh | None
-) -> tuple[Callable[[int], SampleFn], PartitionSpec]:
-    """Build the function from a meta-update to a sampler, on its devices, that serves it and the next `length - 1`.
+) -> tuple[Callable[[int, int], SampleFn], PartitionSpec]:
+    """Build the function (start, stop) -> sampler, on its devices, that serves these meta-updates, `length` at most.
 
     Returns it and how the sampler's arrays lie on several devices: where tasks are prepared, each has those of its own.
     """
     prepare = getattr(sample, "prepare", None)
     if prepare is None:
         always = place(sample, mesh)
-        return lambda start: always, EVERYWHERE
+        return lambda start, stop: always, EVERYWHERE
     devices = np.array(jax.local_devices()[:1]) if mesh is None else mesh.devices
     # A host prepares the tasks of its own devices alone.
     mine = np.flatnonzero([device.process_index == jax.process_index() for device in devices])
@@ -105,11 +107,16 @@ def sampler_by_update(
         keys = jax.vmap(of_update, in_axes=(0, None))(key.reshape(-1), start + jnp.arange(length))
         # Devices first, as the sampler's arrays are divided by their leading axis: each then finds the keys of its own tasks.
         by_device = jnp.moveaxis(keys.reshape(-1, length, len(devices), num_tasks // len(devices)), 2, 0)
-        return by_device[mine].reshape(-1)
+        return by_device[mine]
 
-    def sampler_from(start: int) -> SampleFn:
+    def sampler_from(start: int, stop: int) -> SampleFn:
         with jax.default_device(host()):  # an accelerator would take this in its turn, after the meta-updates that it is at
-            prepared = prepare(task_keys(start))
+            keys = task_keys(start)
+            wanted = np.broadcast_to(np.arange(length)[:, None] < stop - start, keys.shape).reshape(-1)
+            prepared = prepare(keys.reshape(-1)[np.flatnonzero(wanted)])
+            if not wanted.all():  # as long as always, or the program would have to be compiled anew: rows of others, not used
+                rows = np.maximum(np.cumsum(wanted) - 1, 0)
+                prepared = jax.tree.map(lambda leaf: leaf[rows], prepared)
         return place(prepared, mesh, BY_TASK)
 
     return sampler_from, BY_TASK

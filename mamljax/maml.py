@@ -89,6 +89,7 @@ def fine_tune(
     unroll_first: bool = True,
 ) -> tuple[PyTree, PyTree]:
     """Take `num_steps` steps of `rule`, each on the whole support set; options and result are those of `inner.adapt`."""
+    check_count("num_steps", num_steps, minimum=0)
 
     def support_loss(params: PyTree, step: Array) -> Array:  # the same at each step, whose numbers alone are the data
         return loss_fn(model.apply(params, support.x), support.y)

@@ -54,6 +54,8 @@ def mlp(inputs: int, hidden_sizes: Sequence[int], outputs: int, *, kernel_init: 
 
 
 def _check_sizes(hidden_sizes: Sequence[int], **sizes: int) -> None:
+    if not isinstance(hidden_sizes, Sequence):
+        raise ValueError(f"hidden_sizes must be a sequence, such as (40, 40), got {hidden_sizes!r}.")
     for name, size in (*sizes.items(), *(("every hidden size", size) for size in hidden_sizes)):
         check_count(name, size)
 
@@ -255,9 +257,7 @@ def with_context(model: Model, shape: int | tuple[int, ...]) -> Model:
 
     def apply(params: PyTree, x: Array) -> Array:
         if not hasattr(x, "dtype"):
-            raise ValueError(
-                f"a context is put beside inputs that are one array, got {type(x).__name__}. Build a model of your own."
-            )
+            raise ValueError(f"a context is put beside inputs of one array, got {type(x).__name__}. Build a model of your own.")
         dtype = x.dtype if jnp.issubdtype(x.dtype, jnp.floating) else params["context"].dtype
         context = jnp.broadcast_to(params["context"].astype(dtype), (*x.shape[:-1], shape[-1]))
         return model.apply(params["network"], jnp.concatenate([x, context], axis=-1))

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.tree_util import Partial
 
+from mamljax.checks import returning_scalar
 from mamljax.closures import as_partial, closed_over_or_carried
 from mamljax.devices import on, place
 from mamljax.loop import INIT, meta_updates, sampler_by_update, vmap_over_seeds
@@ -35,9 +36,7 @@ def first_snapshot(learner: MetaLearner, key: Array) -> Snapshot:
 
 
 def _validate(snapshot: Snapshot, validate_fn: Callable[[State], Array]) -> tuple[Snapshot, Array]:
-    error = jnp.asarray(validate_fn(snapshot.state), snapshot.best_error.dtype)
-    if error.shape != ():
-        raise ValueError(f"validate_fn must return a number for the whole state, got shape {error.shape}. Take the mean.")
+    error = jnp.asarray(returning_scalar(validate_fn, "validation error")(snapshot.state), snapshot.best_error.dtype)
     # An error that is NaN is never better; the first one that is finite always is.
     better = error < snapshot.best_error
     best = optax.tree.where(better, snapshot.state, snapshot.best)
@@ -58,8 +57,8 @@ def start_program(learner: MetaLearner, seeds: tuple[int, ...]) -> Callable[[Arr
 
 def updates_and_sampler(
     learner: MetaLearner, sample: SampleFn, key: Array, num_tasks: int, length: int, mesh: Mesh | None
-) -> tuple[Callable, Callable[[int], SampleFn | None]]:
-    """The program of `length` meta-updates at most, and the function from the first of them to the sampler that it takes."""
+) -> tuple[Callable, Callable[[int, int], SampleFn | None]]:
+    """The program of `length` meta-updates at most, and the function (start, stop) -> the sampler that it takes for these."""
     # A sampler that prepares tasks does so outside of the program, which gets the tasks as arguments.
     closed_over, carried = (None, sample) if hasattr(sample, "prepare") else closed_over_or_carried(sample)
     sampler_from, sampler_spec = sampler_by_update(carried, key, num_tasks, length, mesh)

@@ -122,14 +122,17 @@ class Record:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, float]]:
-    """Read the lines of a `metrics.jsonl` up to the first that a kill or a power cut has spoilt."""
+    """Read the lines of a `metrics.jsonl` up to the first that is not one, as a kill or a power cut may have left it."""
     lines = []
     path = Path(path)
     for text in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not (isinstance(line, dict) and {"update", "seconds"} <= line.keys()):
+            break
+        lines.append(line)
         if not text.endswith(b"\n"):
             break
     return lines

@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from mamljax import __version__
 from mamljax.figures import legend_below, new_figure
 from mamljax.files import write_atomically
 from mamljax.record import read_metrics
 
-PACKAGES = ("mamljax", "jax", "jaxlib", "flax", "optax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class Row(NamedTuple):
@@ -69,7 +70,8 @@ def environment(num_devices: int = 1) -> dict[str, Any]:
     """The devices, the versions and the commit that a results file was made with."""
     device = jax.devices()[0]
     name = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else f"{num_devices} x {device.device_kind}"
-    versions = {"python": platform.python_version(), **{package: metadata.version(package) for package in PACKAGES}}
+    versions = {"python": platform.python_version(), "mamljax": __version__}
+    versions |= {package: metadata.version(package) for package in PACKAGES}
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         # The commit of the script that runs, whatever directory it was started from.

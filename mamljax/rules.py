@@ -34,7 +34,8 @@ def as_rule(rule: Rule) -> optax.GradientTransformation:
         return optax.sgd(rule)
     if not isinstance(rule, optax.GradientTransformation):
         raise ValueError(
-            f"rule must be a step size or an Optax transformation, got {rule!r}. For a schedule pass optax.sgd(schedule)."
+            f"rule must be a step size or an Optax transformation, got {rule!r}. For a schedule pass optax.sgd(schedule); of "
+            "optax.MultiSteps pass gradient_transformation()."
         )
     return rule
 
@@ -94,7 +95,8 @@ def _check_updates(rule: optax.GradientTransformation, params: PyTree, *, differ
     if not all(isinstance(leaf, Tracer) or np.isfinite(leaf).all() for leaf in derivatives):
         raise ValueError(
             "the inner rule has no finite derivative where entries or whole arrays of the gradient are zero, so meta-gradients "
-            "would be NaN. For Adam and its kin pass eps_root=1e-8; or take another rule, or first_order where there is one."
+            "would be NaN. Give Adam and its kin eps_root=1e-8 (rectified Adam and rules that divide by norms stay "
+            "without one all the same); or take another rule, or first_order where there is one."
         )
 
 

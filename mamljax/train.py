@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from mamljax.checkpoint import read_newest
-from mamljax.checks import check_count, check_counts, check_key
+from mamljax.checks import check_callable, check_count, check_counts, check_key, check_learner, check_seconds
 from mamljax.devices import any_host, check_shares, from_first_host, is_first_host, place, take_back, task_mesh
 from mamljax.divergence import finite_means
 from mamljax.interruption import interruptions
@@ -100,6 +100,11 @@ def fit(
     """
     check_count("num_updates", num_updates, minimum=0)
     check_counts(num_tasks=num_tasks, log_every=log_every, validate_every=validate_every)
+    check_seconds(checkpoint_seconds=checkpoint_seconds, max_seconds=max_seconds)
+    check_learner(learner)
+    check_callable("sample", sample)
+    if directory == "":
+        raise ValueError("directory must name one, got an empty string. None keeps nothing.")
     if tensorboard and directory is None:
         raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
     check_key(key, several=True)
@@ -107,8 +112,7 @@ def fit(
     # A compiled call ends at each multiple of either, so that every line of the log is of the same meta-updates after a resume.
     validated = validate_fn is not None
     every = [log_every, validate_every] if validated else [log_every]
-    length = min(every)  # of a compiled call
-    run, sampler_from = updates_and_sampler(learner, sample, key, num_tasks, length, mesh)
+    run, sampler_from = updates_and_sampler(learner, sample, key, num_tasks, min(every), mesh)
     validate, check_validation = validation_and_check(validate_fn, key.shape, mesh)
     # Only with the same key and as many tasks does a checkpoint go on as it would have.
     config = _whole_config(config, key=jax.random.key_data(key).tolist(), num_tasks=int(num_tasks))
@@ -124,17 +128,21 @@ def fit(
             print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
         bar = stack.enter_context(_progress_bar(label, done, num_updates, shown=progress))
 
+        def stop_after(done: int) -> int:
+            return min(num_updates, *(done + n - done % n for n in every))  # the next multiple of one of them
+
         def save() -> None:
             record.save(done, take_back(snapshot, mesh))
 
-        started, sampler, enough = time.monotonic(), sampler_from(done), False
+        started, enough = time.monotonic(), False
+        sampler = sampler_from(done, stop_after(done)) if done < num_updates else None
         # Hosts end the loop together: one that went on alone would wait for the gradients of the others for ever.
         while done < num_updates and not any_host(enough or interrupted.is_set() or time.monotonic() - started >= max_seconds):
-            stop = min(num_updates, *(done + n - done % n for n in every))  # the next multiple of one of them
+            stop = stop_after(done)
             state, metrics, finite = run(snapshot.state, key, done, stop, sampler)
             # While the device computes:
             if stop < num_updates:
-                sampler = sampler_from(stop)
+                sampler = sampler_from(stop, stop_after(stop))
             # By shapes alone, as the memory of this state is already in use for the next one.
             if validated:  # what is wrong with `validate_fn` should not show hours later
                 check_validation(snapshot)

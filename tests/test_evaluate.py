@@ -3,10 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from spying import spy
 
 from mamljax.evaluate import evaluate, mean_and_ci95
+from mamljax.losses import mse
+from mamljax.maml import maml
+from mamljax.models import mlp
+from mamljax.tasks.sinusoid import sinusoid
 from mamljax.types import MetaLearner, State
 
 KEY = jax.random.key(0)
@@ -91,6 +96,15 @@ def test_several_states_at_once():
 def test_the_key_is_one_typed_key(key):
     with pytest.raises(ValueError, match=r"key must be jax.random.key\(seed\), got "):
         values_of(key=key)
+
+
+def test_a_metric_is_a_scalar():
+    shared = {"rule": 0.1, "inner_steps": 1, "eval_steps": 1, "tx": optax.sgd(0.1)}
+    learner = maml(mlp(1, (2,), 1), mse, metric_fns={"squares": lambda outputs, y: (outputs - y) ** 2}, **shared)
+    with pytest.raises(ValueError, match=r"the squares must be a scalar, got shape \(3, 1\). Take its mean over the examples"):
+        evaluate(learner, learner.init(KEY), sinusoid(shots=2, queries=3), key=KEY, num_tasks=2)
+    with pytest.raises(ValueError, match="metric_fns must be a dict of functions by name"):
+        maml(mlp(1, (2,), 1), mse, metric_fns={"three": 3}, **shared)
 
 
 @pytest.mark.parametrize("bad", [{"num_tasks": 0}, {"chunk_size": 0}])

@@ -55,6 +55,11 @@ def test_weights_of_a_policy_are_uniform_up_to_the_bound_of_glorot():
         np.testing.assert_allclose(kernel.std(), np.sqrt(2 / units), rtol=0.1)
 
 
+def test_hidden_sizes_are_several():
+    with pytest.raises(ValueError, match=r"hidden_sizes must be a sequence, such as \(40, 40\), got 8"):
+        mlp(1, 8, 1)
+
+
 @pytest.mark.parametrize(("inputs", "hidden", "outputs"), [(0, (4,), 1), (1, (4, 0), 1), (1, (4,), -1)])
 def test_mlp_sizes_are_positive(inputs, hidden, outputs):
     with pytest.raises(ValueError, match="must be a whole number of at least 1"):
@@ -174,7 +179,7 @@ def test_inputs_may_be_a_dict_in_mixed_precision():
     outputs = mixed_precision(model).apply(model.init(KEY), inputs)
     assert outputs.dtype == jnp.float32
     np.testing.assert_array_equal(outputs, np.arange(3) + 1.0)  # of 1.001 bfloat16 keeps 1
-    with pytest.raises(ValueError, match="a context is put beside inputs that are one array, got dict"):
+    with pytest.raises(ValueError, match="a context is put beside inputs of one array, got dict"):
         with_context(model, 2).apply({"context": jnp.zeros(2), "network": model.init(KEY)}, inputs)
 
 

@@ -26,6 +26,12 @@ def test_descends_the_mean_over_tasks():
     np.testing.assert_allclose(state.params, 3.0 - 1.5)
 
 
+def test_the_loss_of_a_task_is_alone():
+    learner = learner_with(lambda params, task: (params, {"more": task}))
+    with pytest.raises(ValueError, match=r"the loss must be a scalar, got tuple. Return nothing beside it."):
+        learner.update(KEY, learner.init(KEY), jnp.ones(2))
+
+
 @pytest.mark.parametrize("num_tasks", [1, 2])
 def test_the_loss_of_a_task_is_a_scalar(num_tasks):
     learner = learner_with(lambda params, task: jnp.stack([params, task]))

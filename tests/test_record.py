@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from mamljax.record import Record
+from mamljax.record import Record, read_metrics
 from mamljax.run_directory import CheckpointError
 
 TREE = {"weight": np.float32(1.0)}
@@ -21,6 +21,20 @@ def test_a_checkpoint_is_due_so_long_after_the_last(tmp_path, monkeypatch):
             clock.now = start + 26.0
             assert record.is_due(25.0)
             record.save(update, TREE)
+
+
+@pytest.mark.parametrize("strange", ["{}", "5", "null", '{"update": 2}', '{"update": 2, "seco'])
+def test_lines_that_are_none_of_a_log_end_it(tmp_path, strange):
+    with Record(tmp_path, {}) as record:
+        record.restore(TREE)
+        record.log(1, {"loss": 0.5})
+        record.save(1, TREE)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + strange + "\n")
+    with Record(tmp_path, {}) as record:
+        assert record.restore(TREE)[0] == 1
+    assert [line["loss"] for line in read_metrics(path)] == [0.5]
+    assert path.read_text().count("\n") == 1
 
 
 def test_one_process_at_a_time(tmp_path):

@@ -6,6 +6,7 @@ import functools
 import gc
 import itertools
 import os
+import re
 import signal
 import threading
 import weakref
@@ -199,6 +200,24 @@ def test_a_configuration_is_a_dict_of_names(tmp_path, config):
         train(directory=tmp_path, config=config)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"learner": maml}, "learner must be a MetaLearner, as maml(...) returns it, got function."),
+        ({"sample": [1.0]}, "sample must be a function, got list."),
+        ({"directory": ""}, "directory must name one, got an empty string. None keeps nothing."),
+        ({"max_seconds": "3"}, "max_seconds must be a number of seconds, got '3'."),
+        ({"checkpoint_seconds": float("nan")}, "checkpoint_seconds must be a number of seconds, got nan."),
+        ({"validate_fn": lambda state: {"loss": 1.0}}, "the validation error must be a scalar, got dict."),
+    ],
+)
+def test_slips_are_one_error(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_values_that_json_has_not_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\['lr'\] must be made of numbers, strings, lists and dicts, got np.float32"):
         train(directory=tmp_path, config={"steps": 1, "lr": np.float32(0.5)})
@@ -208,7 +227,7 @@ def test_values_that_json_has_not_are_named(tmp_path):
 def test_a_validation_error_is_one_number(tmp_path, key):
     """Said at the first call, not when it is time to validate."""
     errors = {"validate_fn": lambda state: jnp.ones(3), "validate_every": 1_000}
-    with pytest.raises(ValueError, match=r"validate_fn must return a number for the whole state, got shape \(3,\). Take the"):
+    with pytest.raises(ValueError, match=r"the validation error must be a scalar, got shape \(3,\). Take its mean"):
         train(key=key, directory=tmp_path, **errors)
     assert train(validate_fn=lambda state: 1.0, validate_every=10).num_updates == 20
 
@@ -284,7 +303,7 @@ def test_a_sampler_that_ignores_its_key_is_warned_of(sample):
 
 
 def test_a_sampler_returns_a_task():
-    with pytest.raises(ValueError, match=r"the sampler must return a task, such as Task\(support, query\)"):
+    with pytest.raises(ValueError, match=r"a task must have an array, as Task\(support, query\) has"):
         train(scalar_learner(), lambda key: None)
 
 

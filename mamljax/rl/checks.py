@@ -22,6 +22,10 @@ def check_environment(env: Environment) -> None:
     if not isinstance(outcome, Step):
         raise ValueError(f"step must return Step(state, observation, reward, done), got {type(outcome).__name__}.")
     size = (env.observation_size,)
+    if not hasattr(observation, "shape"):
+        raise ValueError(
+            f"observations must be one array {list(size)}, got {type(observation).__name__}. Concatenate the parts."
+        )
     for name, found, expected in (
         ("the observation of reset", observation, size),
         ("the observation of step", outcome.observation, size),

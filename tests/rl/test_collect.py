@@ -334,6 +334,7 @@ def broken_step(**changes):
     ("changes", "message"),
     [
         ({"observation_size": 2}, r"the observation of reset must have shape \(2,\)"),
+        ({"reset": lambda key, task: (jnp.zeros(()), {"x": jnp.zeros(1)})}, r"observations must be one array \[1\], got dict"),
         ({"step": broken_step(observation=jnp.zeros(3))}, r"the observation of step must have shape \(1,\)"),
         ({"step": broken_step(reward=jnp.zeros(1))}, r"the reward of step must have shape \(\)"),
         ({"step": broken_step(done=jnp.float32(0))}, "done of step must be a bool, got float32"),
@@ -342,7 +343,7 @@ def broken_step(**changes):
         ({"step": broken_step(state=jnp.zeros(2))}, "step must keep the shapes and dtypes of the state"),
         ({"action_size": 0}, "action_size must be a whole number of at least 1"),
     ],
-    ids=["observation of reset", "observation", "reward", "done", "dtype", "tuple", "state", "action size"],
+    ids=["observation of reset", "dict", "observation", "reward", "done", "dtype", "tuple", "state", "action size"],
 )
 def test_an_environment_that_does_not_keep_its_word(changes, message):
     with pytest.raises(ValueError, match=message):

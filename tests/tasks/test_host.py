@@ -53,10 +53,24 @@ def test_training_draws_ahead_the_tasks_of_each_meta_update():
     drawn.clear()
     run = functools.partial(fit, LEARNER, key=KEY, num_updates=5, num_tasks=2, log_every=2, progress=False)
     ahead = run(host)
-    assert drawn == [threading.get_ident()] * 3 * 2 * 2  # three compiled calls of two updates of two tasks; none by callback
+    assert drawn == [threading.get_ident()] * 5 * 2  # of five updates of two tasks, once each; none by callback
     called_back = run(lambda key: host(key))  # which hides `prepare`
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5)
     jax.tree.map(close, ahead.state, called_back.state)
+    drawn.clear()
+    divided = run(host, mesh=task_mesh(2), log_every=3, key=jax.random.split(KEY))
+    assert len(drawn) == 2 * 5 * 2  # of two seeds
+    jax.tree.map(close, divided.state, run(lambda key: host(key), key=jax.random.split(KEY)).state)
+
+
+def test_no_more_is_drawn_than_needed(tmp_path):
+    """Neither for a trial that is shorter than a compiled call, nor where there is nothing to do."""
+    drawn = []
+    host = HostTasks(lambda rng: drawn.append(None) or line(rng))
+    for num_updates, count in ((3, 6), (3, 0), (4, 2)):
+        drawn.clear()
+        fit(LEARNER, host, key=KEY, num_updates=num_updates, num_tasks=2, directory=tmp_path, progress=False)
+        assert len(drawn) == count
 
 
 def test_devices_may_ask_at_once():
