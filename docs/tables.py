@@ -33,6 +33,7 @@ ENTRIES = (
     Entry("Omniglot 5-way 1-shot, begun with the 20-way network, %", "omniglot-5w1s_from_20w1s", 3),
     Entry("Omniglot 5-way 1-shot, MAML++, %", "omniglot-5w1s_maml++", 5, "maml++"),
     Entry("Omniglot 5-way 1-shot, implicit MAML, %", "omniglot-5w1s_imaml", 16, "imaml"),
+    Entry("Omniglot 5-way 1-shot, Proto-MAML (98.7 is published of MAML), %", "omniglot-5w1s_proto_maml", 1, "proto_maml"),
     Entry("Omniglot 5-way 1-shot, memory module, %", "omniglot-5w1s_memory_module", 0, "memory_module"),
     Entry("Omniglot 5-way 1-shot, neural statistician, %", "omniglot-5w1s_neural_statistician", 0, "neural_statistician"),
     Entry("Omniglot 5-way 1-shot, context alone, %", "omniglot-5w1s_context", 3, "context"),
