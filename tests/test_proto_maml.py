@@ -1,10 +1,12 @@
 """Proto-MAML: where adaptation begins, and a meta-gradient that goes through that beginning."""
 
+import battery
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from battery import KEY
 
 from mamljax.baselines.metric_learning import prototypical
 from mamljax.losses import accuracy, cross_entropy
@@ -13,7 +15,6 @@ from mamljax.models import with_linear_head
 from mamljax.proto_maml import proto_maml, with_prototypes
 from mamljax.types import Examples, Model, State, Task
 
-KEY = jax.random.key(0)
 X = jnp.zeros((1, 2))
 FEATURES = Model(lambda key: jax.random.normal(key, (2, 3)), lambda params, x: jnp.tanh(x @ params))
 SIZES = {"ways": 3, "inner_steps": 2, "eval_steps": 3, "rule": 0.5}
@@ -46,6 +47,29 @@ def test_before_the_first_step_it_is_a_prototypical_network():
         np.testing.assert_allclose(scores[name][:1], expected[name], rtol=1e-5)
     assert scores["loss"].shape == (4,)
     assert len({*scores["loss"].tolist()}) == 4
+
+
+def noisy_tasks(rng, number):
+    """Tasks whose second coordinate says nothing, and drowns the first."""
+    tasks = jax.tree.map(lambda *leaves: np.stack(leaves), *(task_of(rng) for _ in range(number)))
+    noisy = (Examples(np.stack([3 * x[..., 0], rng.normal(0, 3, x.shape[:-1])], -1), y) for x, y in tasks)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, "float32" if leaf.dtype == float else None), Task(*noisy))
+
+
+def test_it_learns_features_to_begin_with():
+    rng = np.random.default_rng(3)
+    settings = SIZES | {"rule": 0.05, "tx": optax.adam(0.05), "metric_fns": {"accuracy": accuracy}}
+    learner = proto_maml(FEATURES, X, cross_entropy, **settings)
+    battery.check_arguments(learner)
+    for metrics in battery.check_updates(battery.compiled(learner), [noisy_tasks(rng, 4) for _ in range(2)]):
+        assert metrics.keys() == {"loss", "grad_norm"}
+    update, state, test = jax.jit(learner.update), learner.init(KEY), noisy_tasks(rng, 300)
+    evaluate = jax.jit(jax.vmap(learner.evaluate, (None, None, 0)))
+    before = evaluate(KEY, state, test)["accuracy"].mean(0)
+    for _ in range(150):
+        state, _ = update(KEY, state, noisy_tasks(rng, 16))
+    after = evaluate(KEY, state, test)["accuracy"].mean(0)
+    assert (after > before + 0.1).all()
 
 
 @pytest.mark.parametrize("differentiation", ["mixed", "reverse", "first_order"])
