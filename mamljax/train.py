@@ -4,7 +4,7 @@ import contextlib
 import functools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,11 +103,8 @@ def fit(
     check_seconds(checkpoint_seconds=checkpoint_seconds, max_seconds=max_seconds)
     check_learner(learner)
     check_callable("sample", sample)
-    if directory == "":
-        raise ValueError("directory must name one, got an empty string. None keeps nothing.")
-    if tensorboard and directory is None:
-        raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
     check_key(key, several=True)
+    _check_directory(directory, tensorboard=tensorboard)
     mesh = _checked_mesh(mesh, num_tasks)
     # A compiled call ends at each multiple of either, so that every line of the log is of the same meta-updates after a resume.
     validated = validate_fn is not None
@@ -128,21 +125,18 @@ def fit(
             print(f"{label}: goes on from meta-update {done} in {directory}", file=sys.stderr)
         bar = stack.enter_context(_progress_bar(label, done, num_updates, shown=progress))
 
-        def stop_after(done: int) -> int:
-            return min(num_updates, *(done + n - done % n for n in every))  # the next multiple of one of them
-
         def save() -> None:
             record.save(done, take_back(snapshot, mesh))
 
         started, enough = time.monotonic(), False
-        sampler = sampler_from(done, stop_after(done)) if done < num_updates else None
+        sampler = sampler_from(done, _end_of_call(done, num_updates, every)) if done < num_updates else None
         # Hosts end the loop together: one that went on alone would wait for the gradients of the others for ever.
         while done < num_updates and not any_host(enough or interrupted.is_set() or time.monotonic() - started >= max_seconds):
-            stop = stop_after(done)
+            stop = _end_of_call(done, num_updates, every)
             state, metrics, finite = run(snapshot.state, key, done, stop, sampler)
             # While the device computes:
             if stop < num_updates:
-                sampler = sampler_from(stop, stop_after(stop))
+                sampler = sampler_from(stop, _end_of_call(stop, num_updates, every))
             # By shapes alone, as the memory of this state is already in use for the next one.
             if validated:  # what is wrong with `validate_fn` should not show hours later
                 check_validation(snapshot)
@@ -165,6 +159,11 @@ def fit(
         raise KeyboardInterrupt(f"stopped after meta-update {done} of {num_updates}{record.kept or '; nothing is kept'}")
     snapshot = take_back(snapshot, mesh)
     return Result(snapshot.state, best_program(key.shape)(snapshot), done, record.seconds)
+
+
+def _end_of_call(done: int, num_updates: int, every: Sequence[int]) -> int:
+    """After which meta-update the next compiled call ends: the next multiple of any of these, or the last."""
+    return min(num_updates, *(done + n - done % n for n in every))
 
 
 def _asks_to_stop(
@@ -239,6 +238,13 @@ def _whole_config(config: Mapping[str, Any], **own: Any) -> dict[str, Any]:
     if taken := sorted(own.keys() & config.keys()):
         raise ValueError(f"config must not have {taken}: these are fit's own. Choose other names.")
     return {**own, **config}
+
+
+def _check_directory(directory: str | Path | None, *, tensorboard: bool) -> None:
+    if directory == "":
+        raise ValueError("directory must name one, got an empty string. None keeps nothing.")
+    if tensorboard and directory is None:
+        raise ValueError("TensorBoard event files need a directory to lie in. Pass directory=...")
 
 
 def _check_done(done: int, num_updates: int, directory: str | Path | None) -> None:
