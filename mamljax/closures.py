@@ -32,6 +32,8 @@ def _stays_as_it_is(fn: Callable) -> bool:
 
     Not so an object, or a method of one, whose attributes change, unless its class defines a hash of them.
     """
+    if hasattr(fn, "prepare"):  # a program asks it on the host, whenever it runs
+        return True
     fn = fn.func if isinstance(fn, functools.partial) else fn
     is_function = not inspect.isfunction(type(fn).__call__)  # nor an object of a class written in Python
     owner = fn.__self__ if inspect.ismethod(fn) else None if is_function else fn

@@ -73,6 +73,25 @@ def test_no_more_is_drawn_than_needed(tmp_path):
         assert len(drawn) == count
 
 
+def test_evaluation_is_compiled_once_and_follows_what_draws():
+    traces, scale = [], [1.0]
+
+    def scaled(rng):
+        task = line(rng)
+        return task._replace(query=task.query._replace(y=scale[0] * task.query.y))
+
+    def evaluate_task(key, state, task):
+        traces.append(None)
+        return {"loss": jnp.abs(task.query.y).mean()[None]}
+
+    learner, sample = LEARNER._replace(evaluate=evaluate_task), HostTasks(scaled)
+    losses = []
+    for scale[0] in (1.0, 3.0):
+        losses.append(evaluate(learner, LEARNER.init(KEY), sample, key=KEY, num_tasks=3)["loss"])
+    assert len(traces) == 1
+    np.testing.assert_allclose(losses[1], 3 * losses[0], rtol=1e-6)
+
+
 def test_devices_may_ask_at_once():
     at_once = []
 
