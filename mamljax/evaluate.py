@@ -31,7 +31,7 @@ def evaluate(
     `devices.task_mesh`) each takes a share of the tasks.
 
     Args:
-        learner: what to evaluate.
+        learner: what to evaluate; compiled as it is at the first call.
         state: a state of it.
         sample: key -> task; a `jax.tree_util.Partial` if it carries arrays. Compiled anew in each call if it is an object whose
             attributes may change.

@@ -62,7 +62,7 @@ def fit(
     stopped: by a time limit, a kill, Ctrl-C or SIGTERM (the last two save first).
 
     Args:
-        learner: the method.
+        learner: the method. What its functions close over is compiled as it is at the first call.
         sample: key -> one task; drawn inside the compiled loop. A `jax.tree_util.Partial` carries arrays, such as images,
             which are then passed to the compiled program instead of copied into it; `validate_fn` alike. `tasks.host.HostTasks`
             makes one of any Python function; with a method `prepare`, as it has, a sampler draws ahead on the host. Programs

@@ -135,7 +135,7 @@ def test_a_method_has_one_colour_in_all_figures(tmp_path, monkeypatch):
     learning_curves({"rows": rows}, tmp_path / "learning.png")
     for method in ("maml", "oracle"):  # an untrained network leaves no log
         (tmp_path / method).mkdir()
-        (tmp_path / method / "metrics.jsonl").write_text('{"update": 1, "loss": 2.0}\n')
+        (tmp_path / method / "metrics.jsonl").write_text('{"update": 1, "loss": 2.0, "seconds": 1.0}\n')
     training_curves({method: tmp_path / method for method in methods}, tmp_path / "training.png")
     learning, training = ({line.get_label(): line.get_color() for line in figure.axes[0].lines} for figure in figures)
     assert training == {method: learning[method] for method in ("maml", "oracle")}
