@@ -270,7 +270,7 @@ def _message(error: Exception, options: Options) -> str | None:
 
 
 def _was_raised_here(error: ValueError) -> bool:
-    """Whether it comes from a `raise` of the library or of a script, and is not a slip in one of them."""
+    """Whether it comes from a `raise` of the library or of a script, and is no slip in one, by the text of the line."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return (last.line or "").startswith("raise ") and not OURS.isdisjoint(Path(last.filename).resolve().parents)
 

@@ -205,7 +205,7 @@ def feature_size(features: Model, x: Array) -> int:
 
 
 def with_linear_head(features: Model, x: Array, outputs: int) -> Model:
-    """Put a linear layer on features; the params are a dict of "features" and "head".
+    """Put a linear layer on features; the params are {"features": ..., "head": {"kernel": [d, outputs], "bias": [1, outputs]}}.
 
     Args:
         features: [n, ...] -> [n, d].
