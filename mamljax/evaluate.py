@@ -43,7 +43,7 @@ def evaluate(
         Each metric as [num_tasks, S + 1], before and after each adaptation step. See `mean_and_ci95`.
 
     Raises:
-        ValueError: a count below 1, no `State`, or one of several seeds; no key.
+        ValueError: a count below 1, no `State`, or one of several seeds; no learner, no function as sampler, no typed key.
     """
     if not isinstance(state, State):
         raise ValueError(f"state must be a State, such as the result of fit has, got {type(state).__name__}.")

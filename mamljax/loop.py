@@ -90,6 +90,8 @@ def sampler_by_update(
 ) -> tuple[Callable[[int, int], SampleFn], PartitionSpec]:
     """Build the function (start, stop) -> sampler, on its devices, that serves these meta-updates, `length` at most.
 
+    A sampler may have a method `prepare`, from keys [n] to a sampler for these alone, whose arrays have that leading axis.
+
     Returns it and how the sampler's arrays lie on several devices: where tasks are prepared, each has those of its own.
     """
     prepare = getattr(sample, "prepare", None)

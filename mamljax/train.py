@@ -91,8 +91,9 @@ def fit(
         The last and the best state, the number of meta-updates done and the time they took.
 
     Raises:
-        ValueError: a count out of range, TensorBoard without a directory, a name in `config` that is `fit`'s own or a value
-            that JSON has not, metrics or a validation error that are not scalars, or tasks that the devices do not divide.
+        ValueError: no learner, no function as sampler, no typed key; a count out of range, TensorBoard without a directory, a
+            name in `config` that is `fit`'s own or a value that JSON has not, metrics or a validation error that are not
+            scalars, or tasks that the devices do not divide.
         CheckpointError: the directory cannot be used; see `Checkpoints`.
         DivergenceError: a metric or a parameter is not finite, even if the optimiser would skip it, as
             `optax.apply_if_finite` does. The last good checkpoint is kept.
