@@ -53,7 +53,7 @@ class Options:
     width: int | None = None
     """Channels of each convolution, or units of each hidden layer."""
     chunk_size: int | None = None
-    """Tasks that the library differentiates at a time, a divisor of --num-tasks."""
+    """Tasks that the library differentiates at a time."""
     differentiation: Literal["mixed", "reverse"] | None = None
     """How the library differentiates through adaptation; both are exact."""
     precision: Literal["float32", "tensorfloat32"] = "float32"

@@ -43,7 +43,7 @@ class Options:
     problem: tuple[Name, ...] = tuple(PROBLEMS)
     """What to learn."""
     num_tasks: tuple[int, ...] = (4, 32)
-    """Tasks in a meta-batch; each must be a multiple of --chunk-size."""
+    """Tasks in a meta-batch."""
     chunk_size: int | None = None
     """Tasks differentiated at a time; as in the experiment if not given."""
     width: int | None = None

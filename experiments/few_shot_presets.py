@@ -121,8 +121,7 @@ class Options(runner.Options):
     differentiation: Literal["mixed", "reverse"] = "reverse"
     """How MAML differentiates through adaptation; both are exact."""
     chunk_size: int | None = None
-    """Tasks differentiated or evaluated at a time, a divisor of --num-tasks; by default one on a CPU, elsewhere all of a
-    meta-batch."""
+    """Tasks differentiated or evaluated at a time; by default one on a CPU, elsewhere all of a meta-batch."""
     precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
     """Arithmetic of products, where the device has others than float32; with bfloat16 that of the whole network, but for the
     statistics of normalisation and what mann and neural_statistician have above its features. Parameters, the loss and the

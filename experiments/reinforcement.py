@@ -88,7 +88,7 @@ class Options(runner.Options):
     promp_kl_weight: float = 5e-4
     """ProMP: weight of the divergence that a meta-update makes before adaptation, per nat."""
     chunk_size: int | None = None
-    """Tasks differentiated at a time; by default one on a CPU, elsewhere all. With promp a divisor of --num-tasks."""
+    """Tasks differentiated at a time; by default one on a CPU, elsewhere all."""
     eval_tasks: int = 40
     eval_steps: int = 3
     """Adaptation steps at test."""
@@ -188,11 +188,6 @@ def build_learner(method: Method, options: Options, env: Environment) -> MetaLea
         "chunk_size": runner.tasks_at_a_time(options),
     }
     if method == "promp":
-        share = options.num_tasks // (options.devices or 1)
-        if options.chunk_size and share % options.chunk_size:
-            raise ValueError(
-                f"promp needs a --chunk-size that divides the {share} tasks of a device, got {options.chunk_size}."
-            )
         how = {"outer_steps": options.promp_steps, "clip": options.promp_clip, "kl_weight": options.promp_kl_weight}
         return promp(collector, tx=optax.adam(options.meta_lr), **how, **shared)
     return maml_rl(

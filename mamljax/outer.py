@@ -9,7 +9,7 @@ import optax
 from jax import Array, lax
 
 from mamljax.checks import check_count, check_optimiser, returning_scalar
-from mamljax.devices import mean_over_devices, num_shares
+from mamljax.devices import mean_over_devices
 from mamljax.types import MetaLearner, Metrics, PyTree, State
 
 
@@ -35,16 +35,15 @@ def meta_learner(
             on the same data), as line searches do.
         gather: (key, params, task) -> data of one task, for a loss that needs random numbers, such as the order of a sequence,
             noise or trajectories; it is not differentiated. By default the data is the task.
-        chunk_size: tasks that a device differentiates at a time, a divisor of its share of B; by default all of them. Fewer
-            take less memory, and on a CPU less time when the activations of all tasks exceed the cache. The result is the
-            same.
+        chunk_size: tasks that a device differentiates at a time; by default all of them. Fewer take less memory, and on a CPU
+            less time when the activations of all tasks exceed the cache. The result is the same. What its share of B leaves
+            over is one smaller chunk, which takes as long to compile again.
 
     Returns:
         A meta-learner whose metrics are `loss` (mean over tasks, before the update) and `grad_norm` (of the meta-gradient).
 
     Raises:
-        ValueError: a `chunk_size` below 1, a `tx` that is no optimiser; at the first update, a `chunk_size` that does not
-            divide B, a `task_loss` that is no scalar.
+        ValueError: a `chunk_size` below 1, a `tx` that is no optimiser; at the first update, a `task_loss` that is no scalar.
     """
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
@@ -79,20 +78,18 @@ def meta_learner(
 
 
 def _mean_over_chunks(fn: Callable[[PyTree, PyTree], PyTree], chunk_size: int | None, params: PyTree, data: PyTree) -> PyTree:
-    """The mean of `fn(params, chunk)` over chunks of the leading axis of `data`, one after the other."""
+    """The mean over the leading axis of `data` of what `fn(params, chunk)` gives as the mean over a chunk of it."""
     num_tasks = len(jax.tree.leaves(data)[0])  # of one device
-    # A chunk may exceed the share of a device, though not the meta-batch: then the share is one chunk.
-    if chunk_size is None or num_tasks <= chunk_size <= num_tasks * num_shares():
+    if chunk_size is None or chunk_size >= num_tasks:
         return fn(params, data)
-    if num_tasks % chunk_size:
-        share = f" of each of {num_shares()} devices" if num_shares() > 1 else ""
-        raise ValueError(f"chunk_size must divide the number of tasks in a meta-batch{share}, {num_tasks}, got {chunk_size}.")
-    num_chunks = num_tasks // chunk_size
-    chunks = jax.tree.map(lambda leaf: leaf.reshape(num_chunks, chunk_size, *leaf.shape[1:]), data)
 
     def add(total: PyTree, chunk: PyTree) -> tuple[PyTree, None]:
-        return jax.tree.map(lambda sum_, term: sum_ + term / num_chunks, total, fn(params, chunk)), None
+        share = num_tasks / len(jax.tree.leaves(chunk)[0])
+        return jax.tree.map(lambda sum_, term: sum_ + term / share, total, fn(params, chunk)), None
 
+    whole = num_tasks - num_tasks % chunk_size
+    chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, chunk_size, *leaf.shape[1:]), data)
     shapes = jax.eval_shape(fn, params, jax.tree.map(lambda leaf: leaf[0], chunks))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    return lax.scan(add, zeros, chunks)[0]
+    total, _ = lax.scan(add, zeros, chunks)
+    return total if whole == num_tasks else add(total, jax.tree.map(lambda leaf: leaf[whole:], data))[0]

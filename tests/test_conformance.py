@@ -5,6 +5,7 @@ the builders of all of them have in common is checked here.
 """
 
 import functools
+import re
 
 import battery
 import jax
@@ -203,12 +204,14 @@ def test_every_loss_of_a_learner_is_checked_for_malformed_tasks(case):
 
 @pytest.mark.parametrize(("builder", "classifies"), BUILDERS.values(), ids=BUILDERS)
 def test_tasks_are_taken_by_chunks(builder, classifies):
-    """As is seen by the refusal of a chunk that does not divide the meta-batch."""
-    learner, tasks = builder(chunk_size=3), tasks_from(0)
+    """Of 39 tasks three at once, for which the program has a loop of 13; all at once it has none of that length."""
+    tasks = tasks_from(0, num_tasks=39)
     if classifies:
         tasks = Task(*(examples._replace(y=jnp.zeros(examples.y.shape[:2], int)) for examples in tasks))
-    with pytest.raises(ValueError, match="chunk_size must divide the number of tasks in a meta-batch, 4, got 3"):
-        jax.eval_shape(learner.update, KEY, jax.eval_shape(learner.init, KEY), tasks)
+    for chunk_size in (3, None):
+        learner = builder(chunk_size=chunk_size)
+        program = jax.make_jaxpr(learner.update)(KEY, jax.eval_shape(learner.init, KEY), tasks)
+        assert (re.search(r"\blength=13\b", str(program)) is not None) == (chunk_size == 3)
 
 
 @pytest.mark.parametrize("builder", [builder for builder, _ in BUILDERS.values()], ids=BUILDERS)

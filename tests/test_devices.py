@@ -65,16 +65,11 @@ def test_devices_change_nothing_but_rounding(devices, key):
     assert not any(leaf.committed for leaf in jax.tree.leaves(shared.state))  # as it is without devices
 
 
-@pytest.mark.parametrize("chunk_size", [2, 8])
+@pytest.mark.parametrize("chunk_size", [2, 3, 8])
 def test_chunks_on_devices(chunk_size):
     sample, arguments = jax.random.normal, {"num_updates": 3, "num_tasks": 8}
     alone = train(squared_error_learner(), sample, **arguments)
     assert_close(train(squared_error_learner(chunk_size), sample, mesh=task_mesh(2), **arguments).state, alone.state)
-
-
-def test_a_chunk_divides_the_share_of_a_device():
-    with pytest.raises(ValueError, match="a meta-batch of each of 2 devices, 6, got 4"):
-        train(squared_error_learner(4), jax.random.normal, mesh=task_mesh(2), num_tasks=12)
 
 
 def test_one_all_reduce_a_meta_update():

@@ -99,11 +99,11 @@ def test_the_optimiser_is_an_optax_transformation(tx):
 def test_chunks_of_tasks_give_the_same_update():
     tasks = jax.random.normal(KEY, (6, 4))
     results = []
-    for chunk_size in (None, 6, 3, 2, 1):
+    for chunk_size in (None, 12, 6, 5, 4, 3, 2, 1):  # of 5 and 4 the rest is a smaller chunk, of one task and of two
         learner = learner_with(lambda params, task: jnp.sin(params * task).sum(), chunk_size=chunk_size)
         state, metrics = jax.jit(learner.update)(KEY, learner.init(KEY), tasks)
         results.append((state.params, metrics["loss"], metrics["grad_norm"]))
-    np.testing.assert_allclose(results, [results[0]] * 5, rtol=1e-5)
+    np.testing.assert_allclose(results, [results[0]] * 8, rtol=1e-5)
 
 
 def test_the_loss_function_of_the_optimiser_goes_by_chunks_too():
@@ -125,10 +125,3 @@ def test_the_loss_function_of_the_optimiser_goes_by_chunks_too():
 def test_chunk_size_must_be_a_count(chunk_size):
     with pytest.raises(ValueError, match=f"chunk_size must be a whole number of at least 1, got {chunk_size}"):
         learner_with(lambda params, task: params * task, chunk_size=chunk_size)
-
-
-@pytest.mark.parametrize("chunk_size", [4, 12])
-def test_chunk_size_must_divide_the_meta_batch(chunk_size):
-    learner = learner_with(lambda params, task: params * task, chunk_size=chunk_size)
-    with pytest.raises(ValueError, match=f"chunk_size must divide the number of tasks in a meta-batch, 6, got {chunk_size}"):
-        learner.update(KEY, learner.init(KEY), jnp.ones(6))

@@ -65,7 +65,7 @@ def promp(
         clip: epsilon; 0.3 in the authors' scripts.
         kl_weight: eta, per nat; 5e-4 in the authors' scripts. Their option to adapt it is left out.
         multi_step_loss: whether the policy is judged after every one of the S steps, as `maml_rl` does it.
-        chunk_size: tasks differentiated at a time, a divisor of each device's share of them; see `outer.meta_learner`.
+        chunk_size: tasks differentiated at a time; see `outer.meta_learner`.
 
     Returns:
         A meta-learner over the tasks of an environment. `update` reports what that of `maml_rl` does, the `surrogate` without
@@ -74,7 +74,7 @@ def promp(
 
     Raises:
         ValueError: a count, `clip` or `kl_weight` out of range, a step size that is not positive and finite, a rule without
-            finite meta-gradients, TRPO as `tx`; at the first update, a `chunk_size` that does not divide the tasks.
+            finite meta-gradients, TRPO as `tx`.
     """
     check_count("inner_steps", inner_steps)
     check_count("outer_steps", outer_steps)

@@ -146,8 +146,3 @@ def test_counts_are_positive(tmp_path, capsys, option):
     assert peers.main([*TINY, option, "0", "--out", str(tmp_path / "run")]) == 2
     assert f"error: {option} must be a whole number of at least 1, got 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
-
-
-def test_chunks_divide_the_meta_batch(tmp_path, capsys):
-    assert peers.main([*TINY, "--num-tasks", "3", "--chunk-size", "2", "--out", str(tmp_path)]) == 2
-    assert "error: chunk_size must divide the number of tasks in a meta-batch, 3, got 2" in capsys.readouterr().err

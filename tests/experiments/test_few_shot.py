@@ -294,8 +294,6 @@ def test_inductive_statistics_and_scale(images, banks, tmp_path):
         ),
         (["--ways", 1], "--ways must be a whole number of at least 2, got 1. One class cannot be told from itself."),
         (["--test-steps", 5], "--eval-steps must be at least --test-steps, 5, got 4."),
-        (["--devices", 1, "--num-tasks", 3, "--chunk-size", 2], "chunk_size must divide"),
-        (["--chunk-size", 3], "chunk_size must divide the number of tasks in a meta-batch, 2, got 3"),
         (["--data-dir", "nowhere"], "cannot read nowhere: No such file or directory"),
         (["--method", "maml", "meta_lstm", "--inner-lr", 2], "--method meta_lstm needs an --inner-lr below 1, got 2.0"),
         (
