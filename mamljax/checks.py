@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 
 from mamljax.types import Examples, LossFn, MetaLearner, PyTree, SampleFn, Task
 
@@ -27,10 +28,12 @@ def check_counts(**counts: int) -> None:
         check_count(name, count)
 
 
-def check_positive(name: str, value: float, hint: str = "") -> None:
-    """Raise `ValueError` unless `value` is a positive and finite number; `hint` says what to do instead."""
-    if not (is_number(value) and math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value!r}. {hint}".rstrip())
+def check_positive(name: str, value: float | Array, hint: str = "", *, or_zero: bool = False) -> None:
+    """Raise `ValueError` unless `value` is a positive and finite number, or a traced one; `hint` says what to do instead."""
+    # Of a traced number nothing can be known: a program may map over several.
+    if is_number(value) and (isinstance(value, Tracer) or (math.isfinite(value) and (value > 0 or (or_zero and value == 0)))):
+        return
+    raise ValueError(f"{name} must be {'at least 0' if or_zero else 'positive'} and finite, got {value!r}. {hint}".rstrip())
 
 
 def is_number(value: object) -> bool:
@@ -85,12 +88,12 @@ def check_optimiser(tx: optax.GradientTransformation) -> None:
 
 
 def check_params(params: PyTree) -> None:
-    """Raise `ValueError` unless every leaf is floating-point, and so can be adapted."""
+    """Raise `ValueError` unless every leaf is floating-point, and so can be learned."""
     for path, leaf in jax.tree.leaves_with_path(params):
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} has dtype {jnp.result_type(leaf)}, but only floating-point parameters "
-                "can be adapted. Convert it, or close over it in Model.apply."
+                "have gradients. Convert it, or close over it in Model.apply."
             )
 
 

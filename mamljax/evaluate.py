@@ -35,7 +35,7 @@ def evaluate(
         state: a state of it.
         sample: key -> task; a `jax.tree_util.Partial` if it carries arrays. Compiled anew in each call if it is an object whose
             attributes may change.
-        key: a JAX random key.
+        key: a JAX random key. Where it is of the kind "rbg", what is drawn depends on `chunk_size` too.
         num_tasks: how many tasks; 600 in the paper.
         chunk_size: tasks computed at a time, by each device, where memory is short; by default all of them.
 

@@ -70,8 +70,7 @@ def imaml(
     check_count("cg_steps", cg_steps, "Without any it is maml() in first order.")
     check_count("eval_steps", eval_steps)
     check_positive("strength", strength)
-    if not 0 <= damping < float("inf"):
-        raise ValueError(f"damping must be at least 0 and finite, got {damping}.")
+    check_positive("damping", damping, or_zero=True)
     check_metric_fns(metric_fns)
     if isinstance(model, RuleLearningModel):
         raise ValueError(

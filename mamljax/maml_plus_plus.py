@@ -82,7 +82,8 @@ def maml_plus_plus(
         _, path = adapt_task(params, task.support, rule, inner_steps)
         # The path begins with the parameters before any step, which do not count.
         adapted = jax.tree.map(lambda leaf: leaf[1:], path)
-        return weights @ jax.vmap(lambda params: loss_fn(model.apply(params, task.query.x), task.query.y))(adapted)
+        losses = jax.vmap(lambda params: loss_fn(model.apply(params, task.query.x), task.query.y))(adapted)
+        return weights.astype(losses.dtype) @ losses
 
     weighted = meta_learner(model.init, weighted_loss, plain.evaluate, tx=tx, chunk_size=chunk_size)
 

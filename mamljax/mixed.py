@@ -16,6 +16,9 @@ def mixed_mode_gradient(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[
     is symmetric, so that $v^T H = H v$: the derivative of the gradient in the direction of $v$, one forward pass over the whole
     of it, from $\theta$ and $d$ alone. Likewise for $d$, by way of $\nabla_d L$.
 
+    So the inner gradient must be that of a function. It is not where a `jax.custom_jvp` of several arguments, such as a
+    quantiser with a learned step, has a made-up derivative: the result is then silently another one, and reverse mode right.
+
     Args:
         loss_fn: (params, entry) -> scalar; what it closes over is differentiated too.
 
@@ -27,12 +30,13 @@ def mixed_mode_gradient(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[
         # What has a derivative of its own must not close over tracers, such as a task's data under vmap. So the loss is
         # traced once, and what it closed over becomes an argument. (jax.closure_convert leaves tracers of vmap where they are.)
         closed = jax.make_jaxpr(loss_fn)(params, entry)
+        jaxpr, closed_over = closed.jaxpr, closed.consts
 
         def pure_loss(params: PyTree, entry_and_closed_over: PyTree) -> Array:
             entry, closed_over = entry_and_closed_over
-            return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))(*jax.tree.leaves((params, entry)))[0]
+            return jaxpr_as_fun(ClosedJaxpr(jaxpr, closed_over))(*jax.tree.leaves((params, entry)))[0]
 
-        return _gradient_of_pure(pure_loss)(params, (entry, closed.consts))
+        return _gradient_of_pure(pure_loss)(params, (entry, closed_over))
 
     return gradient
 
@@ -59,7 +63,7 @@ def _gradient_of_pure(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[[P
                 raise
             raise ValueError(
                 "the network or the loss has a jax.custom_vjp that has no derivative in forward mode, which mixed mode needs. "
-                "Choose differentiation='reverse', or give it a jax.custom_jvp."
+                "Choose differentiation='reverse'; or, if it is the true derivative, give it as a jax.custom_jvp."
             ) from error
 
     gradient.defvjp(forward, backward)

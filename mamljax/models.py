@@ -174,12 +174,11 @@ def from_nnx(build: "Callable[[nnx.Rngs], nnx.Module]") -> Model:
         wanted = "a function that makes the module, lambda rngs: nnx.Linear(1, 1, rngs=rngs) for example"
         raise ValueError(f"build must be {wanted}, got {type(build).__name__}.")
     graph, shapes, *rest = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))), nnx.Param, ...)
-    others = {type(variable).__name__ for variable in jax.tree.leaves(rest, is_leaf=lambda v: isinstance(v, nnx.Variable))}
-    if others:
-        raise ValueError(
-            f"the module keeps state in variables of type {sorted(others)}; only nnx.Param can be adapted. "
-            "Use layers that keep none."
-        )
+    variables = jax.tree.leaves(rest, is_leaf=lambda node: isinstance(node, nnx.Variable))
+    if others := sorted({type(variable).__name__ for variable in variables}):
+        without_rngs = "Dropout(rate, deterministic=True) keeps none, nor RNN(cell, rngs=False), called with rngs=nnx.Rngs(0)."
+        remedy = without_rngs if {*others} <= {"RngCount", "RngKey"} else "Use layers that keep none."
+        raise ValueError(f"the module keeps state in variables of type {others}; only nnx.Param can be adapted. {remedy}")
 
     def init(key: Array) -> PyTree:
         return nnx.to_pure_dict(nnx.state(build(nnx.Rngs(key)), nnx.Param))

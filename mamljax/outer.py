@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax.checks import check_count, check_optimiser, returning_scalar
+from mamljax.checks import check_count, check_optimiser, check_params, returning_scalar
 from mamljax.devices import mean_over_devices
 from mamljax.types import MetaLearner, Metrics, PyTree, State
 
@@ -43,7 +43,8 @@ def meta_learner(
         A meta-learner whose metrics are `loss` (mean over tasks, before the update) and `grad_norm` (of the meta-gradient).
 
     Raises:
-        ValueError: a `chunk_size` below 1, a `tx` that is no optimiser; at the first update, a `task_loss` that is no scalar.
+        ValueError: a `chunk_size` below 1, a `tx` that is no optimiser; at the start, meta-parameters that are not
+            floating-point arrays; at the first update, a `task_loss` that is no scalar.
     """
     if chunk_size is not None:
         check_count("chunk_size", chunk_size)
@@ -52,6 +53,7 @@ def meta_learner(
 
     def init(key: Array) -> State:
         params = init_params(key)
+        check_params(params)
         return State(params, tx.init(params))
 
     def update(key: Array, state: State, tasks: PyTree) -> tuple[State, Metrics]:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
@@ -18,6 +19,7 @@ from mamljax.loop import INIT, meta_updates, sampler_by_update, vmap_over_seeds
 from mamljax.types import MetaLearner, Metrics, PyTree, SampleFn, State
 
 KEPT = 8  # of each kind
+NONE_YET = float(np.finfo(np.float32).max)  # of errors; infinity would end a program under `jax.debug_infs`
 
 
 class Snapshot(NamedTuple):
@@ -25,14 +27,14 @@ class Snapshot(NamedTuple):
 
     state: State
     best: State  # that of the lowest validation error so far
-    best_error: Array  # [] float32, infinity before the first validation
+    best_error: Array  # [] float32, NONE_YET before the first validation
 
 
 def first_snapshot(learner: MetaLearner, key: Array) -> Snapshot:
     """The snapshot before the first meta-update."""
     first = learner.init(jax.random.fold_in(key, INIT))
     state = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.result_type(leaf)), first)  # no weak types: they would retrace
-    return Snapshot(state, state, jnp.float32(jnp.inf))
+    return Snapshot(state, state, jnp.float32(NONE_YET))
 
 
 def _validate(snapshot: Snapshot, validate_fn: Callable[[State], Array]) -> tuple[Snapshot, Array]:
@@ -45,7 +47,7 @@ def _validate(snapshot: Snapshot, validate_fn: Callable[[State], Array]) -> tupl
 
 def best_state(snapshot: Snapshot) -> State:
     """The best state, or the last one if none was validated, or none with a finite error."""
-    validated = jnp.isfinite(snapshot.best_error)
+    validated = snapshot.best_error < NONE_YET  # nor if it is infinite, as it began in earlier versions
     return optax.tree.where(validated, snapshot.best, snapshot.state)
 
 

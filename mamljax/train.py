@@ -67,11 +67,12 @@ def fit(
             which are then passed to the compiled program instead of copied into it; `validate_fn` alike. `tasks.host.HostTasks`
             makes one of any Python function; with a method `prepare`, as it has, a sampler draws ahead on the host. Programs
             are kept for the next call with the same function; not for an object, whose attributes may have changed by then.
-        key: a JAX random key; or an array of N keys, to train N seeds in one compiled program.
+        key: a JAX random key; or an array of N keys, to train N seeds in one compiled program. Where it is of the kind "rbg",
+            what is drawn depends on `log_every` too.
         num_updates: meta-updates in all.
         num_tasks: B, tasks in a meta-batch.
         log_every: meta-updates per compiled call, and per line of the log.
-        validate_fn: state -> error [], the lower the better, such as the mean loss over fixed validation tasks.
+        validate_fn: state -> error [], the lower the better, such as the mean loss over fixed validation tasks; compiled.
         validate_every: meta-updates between validations; there is one more after the last.
         mesh: devices, of this host or of several joined by `jax.distributed.initialize()`, among which the tasks of a
             meta-batch are divided; by default one. Results are equal up to rounding, and a run goes on with any other number

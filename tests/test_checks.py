@@ -1,5 +1,6 @@
 """Messages about bad counts and malformed tasks."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -25,6 +26,18 @@ def test_what_must_be_positive_is_a_positive_number(value):
 @pytest.mark.parametrize("value", [1, 0.5, np.float32(0.5), np.array(0.5), jnp.array(0.5)])
 def test_numbers_of_all_kinds_may_be_positive(value):
     check_positive("strength", value)
+
+
+def test_zero_passes_where_it_may():
+    check_positive("damping", 0.0, or_zero=True)
+    with pytest.raises(ValueError, match=r"damping must be at least 0 and finite, got -1\.0\."):
+        check_positive("damping", -1.0, or_zero=True)
+
+
+def test_a_traced_number_passes_and_several_do_not():
+    jax.vmap(lambda value: check_positive("strength", value))(jnp.zeros(2))
+    with pytest.raises(ValueError, match="strength must be positive and finite, got"):
+        jax.jit(lambda values: check_positive("strength", values))(jnp.ones(2))
 
 
 def test_count_may_have_another_minimum():

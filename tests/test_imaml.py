@@ -65,6 +65,21 @@ def test_it_is_the_gradient_through_all_steps_if_they_lead_to_a_minimum():
         assert not np.allclose(too_few["first"], expected["first"], rtol=1e-2)
 
 
+def test_strength_and_damping_can_be_mapped_over():
+    """Two of each, as two alone."""
+    model = Model(lambda key: jnp.zeros(2), lambda params, x: x @ params)
+    x, y = jax.random.normal(KEY, (1, 6, 2)), jnp.ones((1, 6))
+    pairs = [(0.5, 0.0), (2.0, 1.0)]
+
+    def gradient(strength, damping):
+        settings = {"rule": 0.2, "inner_steps": 5, "strength": strength, "damping": damping, "cg_steps": 1}
+        return meta_gradient(model, jnp.ones(2), Task(Examples(x, y), Examples(x, 2 * y)), **settings)[0]
+
+    alone = [gradient(*pair) for pair in pairs]
+    assert not np.allclose(*alone)
+    np.testing.assert_allclose(jax.vmap(gradient)(*jnp.array(pairs).T), alone, rtol=1e-5)
+
+
 def test_memory_does_not_grow_with_the_steps():
     tasks = jax.tree.map(jnp.zeros_like, Task(*[Examples(*jnp.zeros((2, 4, 100, 1)))] * 2))
 

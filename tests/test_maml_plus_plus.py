@@ -68,6 +68,16 @@ def test_both_losses_take_the_tasks_by_chunks():
         assert set(sizes) == at_a_time
 
 
+def test_in_half_precision():
+    """Of parameters and data alike: with both losses its metrics have the same dtypes."""
+    model = MODEL._replace(init=lambda key: optax.tree.cast(MODEL.init(key), jnp.bfloat16))
+    learner, state = maml_plus_plus(model, mse, multi_step_updates=1, **SHARED), None
+    for _ in range(2):
+        state, metrics = jax.jit(learner.update)(KEY, state or learner.init(KEY), optax.tree.cast(TASKS, jnp.bfloat16))
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, metrics["loss"]))} == {jnp.bfloat16}
+        assert jnp.isfinite(metrics["loss"])
+
+
 def test_several_seeds_and_a_single_step():
     """Each seed counts for itself; with one step it is MAML from the beginning."""
     learner, plain = BUILD(inner_steps=1), maml(MODEL, mse, **SHARED | {"inner_steps": 1})

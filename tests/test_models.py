@@ -1,5 +1,7 @@
 """Networks of Linen and NNX as pure functions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,6 +131,28 @@ def test_modules_go_in_at_their_own_door():
 def test_nnx_module_with_state_is_refused():
     with pytest.raises(ValueError, match=r"variables of type \['BatchStat'\].*Use layers that keep none"):
         from_nnx(lambda rngs: nnx.BatchNorm(3, rngs=rngs))
+
+
+class Recurrent(nnx.Module):
+    """An LSTM with dropout that is switched off: [n, T, 3] -> [n, T, 2]."""
+
+    def __init__(self, rngs, *, dropout, rnn):
+        self.rnn = nnx.RNN(nnx.LSTMCell(3, 2, rngs=rngs), **rnn)
+        self.dropout = nnx.Dropout(0.5, deterministic=True, **dropout)
+
+    def __call__(self, x):
+        return self.dropout(self.rnn(x, rngs=nnx.Rngs(0)))
+
+
+def test_nnx_layers_that_keep_random_streams_are_refused_with_what_keeps_none():
+    for build in (
+        functools.partial(Recurrent, dropout={}, rnn={}),
+        lambda rngs: Recurrent(rngs, dropout={"rngs": rngs}, rnn={"rngs": False}),
+    ):
+        with pytest.raises(ValueError, match=r"\['RngCount', 'RngKey'\].*deterministic=True.*rngs=False"):
+            from_nnx(build)
+    model = from_nnx(functools.partial(Recurrent, dropout={}, rnn={"rngs": False}))
+    assert model.apply(model.init(KEY), jnp.ones((5, 7, 3))).shape == (5, 7, 2)
 
 
 def test_a_context_stands_beside_every_input():

@@ -96,6 +96,12 @@ def test_the_optimiser_is_an_optax_transformation(tx):
         meta_learner(lambda key: jnp.zeros(1), None, None, tx=tx)
 
 
+def test_meta_parameters_are_floating_point():
+    learner = meta_learner(lambda key: {"w": jnp.ones(2), "n": jnp.ones(3, int)}, None, None, tx=optax.sgd(1.0))
+    with pytest.raises(ValueError, match=r"params\['n'\] has dtype int32, but only floating-point parameters have gradients"):
+        learner.init(KEY)
+
+
 def test_chunks_of_tasks_give_the_same_update():
     tasks = jax.random.normal(KEY, (6, 4))
     results = []

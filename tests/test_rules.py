@@ -43,6 +43,13 @@ def test_rules_without_finite_meta_gradients_are_refused(rule):
     assert checked_rule(rule, PARAMS, differentiable=False) is rule
 
 
+def test_so_they_are_where_jax_looks_for_nan_itself():
+    with jax.debug_nans(True), pytest.raises(ValueError, match="eps_root=1e-8"):
+        checked_rule(optax.adam(0.1), PARAMS, differentiable=True)
+    with jax.debug_nans(True), pytest.raises(FloatingPointError):
+        jnp.log(-1.0)
+
+
 @pytest.mark.parametrize("name", PARAMS)
 def test_a_rule_without_a_derivative_where_a_whole_array_is_zero_is_refused(name):
     """As dead layers have it: the root mean square of an array of zeros has none. Whichever array that is."""

@@ -277,6 +277,19 @@ def test_best_state_of_each_seed():
     assert {done: float(np.mean((done - goals) ** 2)) for done in (4, 8, 12, 16, 20)} == pytest.approx(errors)
 
 
+def test_under_debug_infs_it_is_trained_and_validated():
+    with jax.debug_infs(True):
+        result = train(num_updates=4, validate_fn=lambda state: optax.tree.norm(state.params), validate_every=2)
+    assert result.num_updates == 4
+
+
+@pytest.mark.parametrize(("error", "best"), [(jnp.inf, 1), (1e38, 2)])
+def test_an_infinite_error_is_none(error, best):
+    """As all begin with in checkpoints of earlier versions."""
+    snapshot = programs.Snapshot(State(jnp.float32(1), ()), State(jnp.float32(2), ()), jnp.float32(error))
+    assert programs.best_state(snapshot).params == best
+
+
 def test_without_validation_the_best_state_is_the_last():
     result = train()
     assert_equal(result.best, result.state)

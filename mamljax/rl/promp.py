@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from mamljax.checks import check_count
+from mamljax.checks import check_count, check_positive
 from mamljax.devices import divide
 from mamljax.distributions import Distribution
 from mamljax.inner import adapt
@@ -80,8 +80,7 @@ def promp(
     check_count("outer_steps", outer_steps)
     if not 0 < clip < 1:
         raise ValueError(f"clip must lie strictly between 0 and 1, got {clip}. The authors' scripts have 0.3.")
-    if not 0 <= kl_weight < float("inf"):
-        raise ValueError(f"kl_weight must be finite and not negative, got {kl_weight}. The authors' scripts have 5e-4.")
+    check_positive("kl_weight", kl_weight, "The authors' scripts have 5e-4.", or_zero=True)
     policy = collector.policy
     rule = rule_for(policy, rule, differentiable=True)
     plain = maml_rl(collector, rule=rule, inner_steps=inner_steps, eval_steps=eval_steps, tx=tx)

@@ -153,7 +153,7 @@ def test_a_ratio_without_end_has_no_gradient_and_is_no_nan():
         ({"outer_steps": 0}, "outer_steps must be a whole number of at least 1, got 0"),
         ({"clip": 1.0}, "clip must lie strictly between 0 and 1, got 1.0"),
         ({"clip": float("nan")}, "clip must lie strictly between 0 and 1, got nan"),
-        ({"kl_weight": -1.0}, "kl_weight must be finite and not negative, got -1.0"),
+        ({"kl_weight": -1.0}, "kl_weight must be at least 0 and finite, got -1.0"),
         ({"rule": 0.0}, "the inner step size must be positive and finite, got 0.0"),
         ({"rule": optax.adam(0.1)}, "the inner rule has no finite derivative"),
         ({"chunk_size": 0}, "chunk_size must be a whole number of at least 1, got 0"),
