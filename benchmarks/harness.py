@@ -53,7 +53,7 @@ def milliseconds(run: Callable[[], object], at_least: float = 0.02) -> float:
 @contextlib.contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
     """Raise `TimeoutError` after so many seconds, if any; where the system has no timer there is no limit."""
-    if seconds == 0 or not hasattr(signal, "setitimer"):
+    if seconds in (0, float("inf")) or not hasattr(signal, "setitimer"):
         yield
         return
 
@@ -165,10 +165,16 @@ def main(
     except KeyboardInterrupt:
         print("stopped. Nothing was written: results are there when all is measured.", file=sys.stderr)
         return 130
-    report.write_results(path, experiment=benchmark, config=config, rows=rows, seconds=time.monotonic() - started)
-    results = report.read_results(path)
-    write_atomically(path.with_name("report.md"), report.markdown(results))
-    draw = report.learning_curves if len({row.step for row in rows}) > 1 else bars
-    draw(results | {"rows": [row for row in results["rows"] if drawn(row)]}, path.with_name(f"{benchmark}.png"))
+    measured = {"experiment": benchmark, "config": config, "rows": rows, "seconds": time.monotonic() - started}
+    try:
+        report.write_results(path, **measured)
+        results = report.read_results(path)
+        write_atomically(path.with_name("report.md"), report.markdown(results))
+        draw = report.learning_curves if len({row.step for row in rows}) > 1 else bars
+        draw(results | {"rows": [row for row in results["rows"] if drawn(row)]}, path.with_name(f"{benchmark}.png"))
+    except OSError as error:
+        print(report.markdown(measured | {"environment": report.environment()}))  # or all that was measured would be lost
+        print(f"error: cannot write to {options.out}: {error.strerror}. Make room there.", file=sys.stderr)
+        return 2
     print(report.markdown(results))
     return 0

@@ -25,6 +25,7 @@ from mamljax.checks import check_count
 from mamljax.data.bank import DataError
 from mamljax.data.decoding import decode
 from mamljax.data.folders import SUFFIXES, images_of_class
+from mamljax.figures import steps_taken
 from mamljax.files import write_atomically
 from mamljax.losses import cross_entropy
 from mamljax.maml import fine_tune
@@ -87,6 +88,10 @@ def predict(options: Options) -> tuple[list[str], list[str], np.ndarray]:
         raise ValueError(
             f"adaptation diverged: the probabilities are not finite after {steps} steps. Lower --inner-lr or --steps."
         )
+    before, after = (cross_entropy(network.apply(params, support.x), support.y) for params in (start, adapted))
+    if after > before:
+        rise = f"the loss on the labelled images rose from {before:.3g} to {after:.3g}"
+        print(f"note: {rise} {steps_taken(steps)}: trust no prediction. Lower --inner-lr or --steps.", file=sys.stderr)
     return names, [str(file) for file in queries], probabilities
 
 

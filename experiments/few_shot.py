@@ -34,7 +34,7 @@ from jax.tree_util import Partial
 from mamljax import report
 from mamljax.closures import as_partial
 from mamljax.evaluate import evaluate, mean_and_ci95
-from mamljax.figures import new_figure
+from mamljax.figures import new_figure, steps_taken
 from mamljax.losses import cross_entropy
 from mamljax.maml import fine_tune
 from mamljax.types import MetaLearner, PyTree, SampleFn, State, Task
@@ -174,7 +174,7 @@ def draw_episodes(method: Method, options: Options, data: Data, state: State, lr
         row[shown].set_ylabel("queries")
     figure.suptitle(
         f"Test episodes: the support set's classes; queries 0 to {shown - 1}, with the class predicted "
-        f"before → after {options.test_steps} steps"
+        f"before → {steps_taken(options.test_steps)}"
     )
     figure.savefig(path, dpi=100)
 

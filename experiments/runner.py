@@ -31,7 +31,7 @@ from mamljax.devices import is_first_host, on, task_mesh
 from mamljax.divergence import DivergenceError
 from mamljax.files import user_cache, write_atomically
 from mamljax.record import best_update
-from mamljax.run_directory import CheckpointError, claim_directory
+from mamljax.run_directory import CheckpointError, alone_in, claim_directory
 from mamljax.train import Result, fit
 from mamljax.types import MetaLearner
 
@@ -88,7 +88,7 @@ class Options:
                     continue
                 if isinstance(item, float) and not (item > 0 and (math.isfinite(item) or name == "max_minutes")):
                     least = "at least 0" if name in self.may_be_zero else "positive"
-                    raise ValueError(f"{flag} must be {least} and finite, got {item}.")
+                    raise ValueError(f"{flag} must be {least}{' and finite' * (name != 'max_minutes')}, got {item}.")
                 if isinstance(item, int) and not isinstance(item, bool):
                     check_count(flag, item, minimum=int(name not in self.may_be_zero))
                     # Sizes and counts are numbers of 32 bits in JAX; of these two it sees no more than what is reached.
@@ -102,7 +102,7 @@ class Options:
     def without_effect(self, preset: "Options") -> list[str]:
         """Options that differ from those of the preset, and for which none of the methods has a use."""
         changed = [name for name in self.only_for if getattr(self, name) != getattr(preset, name)]
-        return [name for name in changed if {*self.only_for[name]}.isdisjoint(self.method)]
+        return ["--" + name.replace("_", "-") for name in changed if {*self.only_for[name]}.isdisjoint(self.method)]
 
 
 VALIDATION_SEED, TEST_SEED = 1_000_001, 1_000_002  # no training has the tasks of these
@@ -120,18 +120,16 @@ class Run:
         """Claim the output directory and start the clock.
 
         Raises:
-            ValueError: an option is out of range.
+            ValueError: the devices cannot divide the tasks.
             CheckpointError: the directory holds another run, or cannot be written.
         """
-        options.check()
-        self.experiment, self.options, self.results = experiment, options, {}
+        self.experiment, self.options, self.results, self.report = experiment, options, {}, ""
         self.config = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
         # What decides how the trainings go; an option that came later counts as its default in an earlier run.
         fixed = {name: value for name, value in self.config.items() if name not in options.may_change}
         defaults = {field.name: field.default for field in dataclasses.fields(options) if field.name in fixed}
         claim_directory(options.out, {"experiment": experiment, **fixed}, defaults=defaults, ignored=options.may_change)
-        several = options.distributed or (options.devices or 1) > 1
-        self.mesh = task_mesh(options.devices) if several else None
+        self.mesh = task_mesh(options.devices) if options.distributed or (options.devices or 1) > 1 else None
         if self.mesh and options.num_tasks % self.mesh.size:
             raise ValueError(f"--num-tasks must be a multiple of the {self.mesh.size} devices, got {options.num_tasks}.")
         self.keys = jax.vmap(jax.random.key)(np.uint32(options.seed) + np.arange(options.seeds, dtype=np.uint32))
@@ -140,7 +138,7 @@ class Run:
     def train(self, method: str, learner: MetaLearner, sample: Callable, **arguments: Any) -> Result:
         """Train a method from every seed: `fit` with the options of this run, on what is left of its time."""
         options = self.options
-        result = fit(
+        self.results[method] = fit(
             learner,
             sample,
             key=self.keys,
@@ -156,8 +154,7 @@ class Run:
             mesh=self.mesh,
             **arguments,
         )
-        self.results[method] = result
-        return result
+        return self.results[method]
 
     def evaluating(self, method: str, num_tasks: int) -> contextlib.AbstractContextManager:
         """Announce an evaluation, which may take minutes; `evaluate` then divides it among the devices of this process."""
@@ -177,22 +174,23 @@ class Run:
         return {"seeds": self.options.seeds, "meta_updates": updates, "seconds": seconds, "best_update": chosen}
 
     def write(self, rows: Sequence[report.Row]) -> Mapping[str, Any]:
-        """Write `results.json` and `report.md`, show the tables, and say how to go on if time ran out."""
+        """Write `results.json` and `report.md`."""
         out = self.options.out
         seconds = sum(result.seconds for result in self.results.values())
         effort = {"seconds": seconds, "num_devices": self.mesh.size if self.mesh else 1}
         report.write_results(out / "results.json", experiment=self.experiment, config=self.config, rows=rows, **effort)
         results = report.read_results(out / "results.json")
-        text = report.markdown(results)
-        write_atomically(out / "report.md", text)
-        if not is_first_host():
-            return results
-        print("\n" + text)
-        for method, result in self.results.items():
-            if result.num_updates < self.options.steps:
-                done = f"{result.num_updates:,} of {self.options.steps:,} meta-updates"
-                print(f"{method}: time ran out after {done}. The same command goes on from there.")
+        self.report = report.markdown(results)
+        write_atomically(out / "report.md", self.report)
         return results
+
+    def show(self) -> None:
+        """Show the tables, and say how to go on if time ran out."""
+        print("\n" + self.report)
+        steps = self.options.steps
+        for method, done in ((method, result.num_updates) for method, result in self.results.items()):
+            if done < steps:
+                print(f"{method}: time ran out after {done:,} of {steps:,} meta-updates. The same command goes on from there.")
 
 
 def tasks_at_a_time(options: AnyOptions, *, at_least: int = 1) -> int:
@@ -230,11 +228,15 @@ def main(
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         with join_devices(options) as options:
-            begins = not (options.out / "config.json").exists()  # what goes on needs the options with which it began
-            run = Run(experiment, options)
-            for name in options.without_effect(presets[options.preset]) if begins and is_first_host() else ():
-                print(f"note: --{name.replace('_', '-')} has no effect on --method {' '.join(options.method)}", file=sys.stderr)
-            execute(options, run)
+            options.check()
+            with alone_in(options.out) if is_first_host() else contextlib.nullcontext():
+                begins = not (options.out / "config.json").exists()  # what goes on needs the options with which it began
+                run = Run(experiment, options)
+                for flag in options.without_effect(presets[options.preset]) if begins and is_first_host() else ():
+                    print(f"note: {flag} has no effect on --method {' '.join(options.method)}", file=sys.stderr)
+                execute(options, run)
+            if is_first_host():
+                run.show()  # last, as nobody may be there to read it
     except KeyboardInterrupt as stop:
         print(f"{str(stop) or 'stopped'}. The same command goes on from there.", file=sys.stderr)
         return 130
@@ -245,8 +247,7 @@ def main(
         print(f"error: {message}. Make room, or choose another --out; what was saved before is kept.", file=sys.stderr)
         return 2
     except (jax.errors.JaxRuntimeError, ValueError, CheckpointError, DataError, DivergenceError, report.ResultsError) as error:
-        message = _message(error, options)
-        if message is None:
+        if (message := _message(error, options)) is None:
             raise
         print(f"error: {message}", file=sys.stderr)
         if options.distributed and STATUS.match(str(error)):

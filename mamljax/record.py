@@ -8,11 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from mamljax.checkpoint import Checkpoints
 from mamljax.files import write_atomically
-from mamljax.run_directory import CheckpointError, make_directory
+from mamljax.run_directory import CheckpointError, alone_in
 from mamljax.types import PyTree
 
 
@@ -36,14 +34,9 @@ class Record:
         """
         if self.directory is None:
             return self
-        make_directory(self.directory)
         # Whatever fails in here, the lock is let go; `pop_all` keeps it until the run is left.
         with contextlib.ExitStack() as files, self._writing(kept=""):  # of checkpoints nothing is known yet
-            try:
-                files.enter_context(filelock.FileLock(self.directory / "lock").acquire(blocking=False))
-            except filelock.Timeout as error:
-                message = f"another process is training in {self.directory}. Wait for it, or choose another directory."
-                raise CheckpointError(message) from error
+            files.enter_context(alone_in(self.directory))
             self.checkpoints = Checkpoints(self.directory, self.config)
             self.files = files.pop_all()
         return self

@@ -211,10 +211,11 @@ def training_curves(directories: Mapping[str, Path], path: Path) -> None:
     for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
         for colour, (method, log) in enumerate(logs.items()):  # one without a log has its colour in other figures
             if points := [(line["update"], line[name]) for line in log if line.get(name) is not None]:
-                axes.plot(*np.array(points).T, color=f"C{colour}", label=method)
+                marker = "." if len(points) == 1 else ""  # no line has one point
+                axes.plot(*np.array(points).T, color=f"C{colour}", label=method, marker=marker)
         positive = any((line.get(name) or 0) > 0 for log in logs.values() for line in log)  # a validation error may be 0
         axes.set(xlabel="meta-updates", ylabel=name.replace("_", " "), yscale="log" if positive else "linear")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
     legend_below(figure, axes)
     figure.savefig(path, dpi=100)

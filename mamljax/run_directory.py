@@ -1,8 +1,9 @@
 """The directory of a run: the configuration that it was made with, and whether it may be used."""
 
+import contextlib
 import json
 import reprlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,31 @@ class CheckpointError(Exception):
     """A checkpoint or its directory cannot be used; the message says why and what to do."""
 
 
+@contextlib.contextmanager
+def alone_in(directory: Path) -> Iterator[None]:
+    """Keep other processes from working in a directory, made if it is missing, within this context.
+
+    Raises:
+        CheckpointError: another process is at work there, or it cannot be made.
+        OSError: it cannot be written.
+    """
+    make_directory(directory)
+    try:
+        lock = filelock.FileLock(directory / "lock").acquire(blocking=False)
+    except filelock.Timeout as error:
+        message = f"another process is training in {directory}. Wait for it, or choose another directory."
+        raise CheckpointError(message) from error
+    with lock:
+        yield
+
+
 def claim_directory(
     directory: Path, config: dict[str, Any], *, defaults: Mapping[str, Any] = {}, ignored: Collection[str] = ()
 ) -> None:
     """Write `config.json` into a directory, or check that the one in there says the same.
 
-    One of a command that was refused, and so left nothing else, is replaced.
+    One of a command that was refused, and so left nothing else, is replaced. Call it `alone_in` the directory, or a command
+    that has left nothing yet would go on under the options of this one.
 
     Args:
         directory: made if it is missing.
@@ -119,15 +139,5 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def _is_used(directory: Path) -> bool:
-    """Whether a run has left more than its configuration, or is at work."""
-    if (directory / "results.json").exists() or any(directory.glob("**/steps/*")):
-        return True
-    return any(map(_is_locked, directory.glob("checkpoints/*/lock")))
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        with filelock.FileLock(path).acquire(blocking=False):
-            return False
-    except filelock.Timeout:
-        return True
+    """Whether a run has left more than its configuration."""
+    return (directory / "results.json").exists() or any(directory.glob("**/steps/*"))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mamljax.record import Record, read_metrics
-from mamljax.run_directory import CheckpointError
+from mamljax.run_directory import CheckpointError, alone_in
 
 TREE = {"weight": np.float32(1.0)}
 
@@ -41,6 +41,13 @@ def test_one_process_at_a_time(tmp_path):
     with Record(tmp_path, {}), pytest.raises(CheckpointError, match="another process is training in .*Wait for it"):
         Record(tmp_path, {}).__enter__()
     with Record(tmp_path, {}):
+        pass
+
+
+def test_what_fails_alone_in_a_directory_lets_others_in(tmp_path):
+    with pytest.raises(RuntimeError), alone_in(tmp_path / "new"):
+        raise RuntimeError
+    with alone_in(tmp_path / "new"), pytest.raises(CheckpointError, match="another process"), alone_in(tmp_path / "new"):
         pass
 
 

@@ -140,6 +140,7 @@ def test_a_method_has_one_colour_in_all_figures(tmp_path, monkeypatch):
     learning, training = ({line.get_label(): line.get_color() for line in figure.axes[0].lines} for figure in figures)
     assert training == {method: learning[method] for method in ("maml", "oracle")}
     assert len(set(learning.values())) == 3
+    assert {line.get_marker() for line in figures[1].axes[0].lines} == {"."}  # or a single point would not be seen
 
 
 def test_without_steps_there_is_no_figure(tmp_path):

@@ -277,6 +277,11 @@ def test_best_state_of_each_seed():
     assert {done: float(np.mean((done - goals) ** 2)) for done in (4, 8, 12, 16, 20)} == pytest.approx(errors)
 
 
+def test_a_log_that_is_never_due_takes_no_room():
+    """One of so many lines would take eight gigabytes for each metric."""
+    assert train(num_updates=3, log_every=2**31 - 1).num_updates == 3
+
+
 def test_under_debug_infs_it_is_trained_and_validated():
     with jax.debug_infs(True):
         result = train(num_updates=4, validate_fn=lambda state: optax.tree.norm(state.params), validate_every=2)

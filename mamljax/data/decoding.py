@@ -11,7 +11,7 @@ from mamljax.data.bank import DataError
 if TYPE_CHECKING:
     from PIL import Image
 
-DECODING = 3  # the way of it; folders that were decoded in another are prepared again
+DECODING = 4  # the way of it; folders that were decoded in another are prepared again
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
 ORIENTATION = 0x0112  # the EXIF tag, whose values stand for what must be done to see the image upright
 TURNS = dict(
@@ -48,7 +48,8 @@ def decode(file: Path | bytes, *, size: int, channels: int, name: str | Path, dr
                 raise DataError(f"the image {name} has more than 8 bits a channel. Convert it to 8 bits.")
             if draft:
                 image.draft(None, (4 * size, 4 * size))
-            turn = TURNS.get(_orientation(image))
+            # Pillow itself turns a TIFF, when it is loaded.
+            turn = None if image.format == "TIFF" else TURNS.get(_orientation(image))
             upright = image.transpose(Image.Transpose[turn]) if turn else image
             if upright.has_transparency_data:
                 upright = upright.convert("RGBA")

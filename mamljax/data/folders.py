@@ -35,7 +35,8 @@ def image_folders(data_dir: str | Path, cache_dir: str | Path | None = None, *, 
         ValueError: size is below 1, channels is neither 1 nor 3, or the banks would lie among the classes.
 
     Warns:
-        UserWarning: images that classes lack take a gigabyte and more, and three quarters of the bank.
+        UserWarning: images that classes lack take a gigabyte and more, and three quarters of the bank; or one image lies in
+            there twice.
     """
     check_count("size", size)
     if channels not in MODES:
@@ -152,6 +153,7 @@ def _state(path: Path) -> tuple[int, int]:
 def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
     names, files = list(classes), list(classes.values())
     seen: dict[bytes, tuple[str, Path]] = {}  # part and file, by checksum
+    twice: list[Path] = []
     counts = tuple(map(len, files))
     room = len(counts) * max(counts) * size * size * channels
     if room > 1e9 and len(counts) * max(counts) > 4 * sum(counts):
@@ -164,12 +166,19 @@ def _source(classes: dict[str, list[Path]], size: int, channels: int) -> Source:
 
     def read(index: int) -> np.ndarray:
         images = np.stack([decode(file, size=size, channels=channels, name=file, draft=True) for file in files[index]])
-        # An image that lies in two parts would be trained on and tested with.
-        for file, image in zip(files[index], images, strict=True) if "/" in names[index] else ():
-            part = names[index].split("/")[0]
+        part = names[index].split("/")[0] if "/" in names[index] else ""
+        for file, image in zip(files[index], images, strict=True):
             other_part, other = seen.setdefault(hashlib.sha256(image).digest(), (part, file))  # by several threads
+            # An image that lies in two parts would be trained on and tested with.
             if other_part != part:
                 raise DataError(f"one image is both in {part} and in {other_part}: {file} and {other}. Delete one of them.")
+            if other != file and not twice:  # of many, one is said
+                twice.append(file)
+                warnings.warn(
+                    f"one image lies there twice, {file} and {other}, and there may be more: support and query set may share "
+                    "it, or two classes, which may be of different splits. Delete one of them.",
+                    stacklevel=2,
+                )
         return images
 
     return Source(tuple(classes), counts, (size, size, channels), read)

@@ -30,6 +30,8 @@ def features(observations: Array, time: Array) -> Array:
 
     They are the observation, clipped to [-10, 10]; its square; time in hundreds of steps, its square and its cube; and 1.
     """
+    # As floats first: -10 would wrap around in bytes, and squares overflow.
+    observations = observations.astype(jnp.promote_types(observations.dtype, jnp.float32))
     clipped, time = jnp.clip(observations, -10, 10), time / 100
     powers = jnp.stack([time, time**2, time**3, jnp.ones_like(time)], axis=-1)
     return jnp.concatenate([clipped, clipped**2, powers], axis=-1)

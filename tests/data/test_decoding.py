@@ -66,6 +66,17 @@ def test_photographs_are_upright(orientation, turns):
     np.testing.assert_array_equal(found, np.rot90(PIXELS, turns))
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_kind_of_file_makes_no_difference_to_how_it_is_turned(orientation):
+    """Some are turned by Pillow itself."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(PIXELS[:4])
+    png, tiff = (decode(encode(image, kind, exif=exif), size=6, channels=3, name="a") for kind in ("png", "tiff"))
+    np.testing.assert_array_equal(tiff, png)
+    assert (orientation == 1) == np.array_equal(png, decode(encode(image), size=6, channels=3, name="a"))
+
+
 def test_an_image_whose_exif_data_are_broken_is_whole():
     entries = struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")  # a text as resolution
     exif = b"Exif\0\0" + struct.pack("<2sHIH", b"II", 42, 8, 2) + entries + bytes(4)

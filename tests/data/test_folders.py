@@ -16,10 +16,10 @@ FLAT = {"bee": ("b.png", "a.JPG"), "ant": ("a.png",), "cat": ("x.png", "y.gif", 
 
 
 def fill(directory, classes):
-    for number, (name, files) in enumerate(classes.items()):
+    for name, files in classes.items():
         (directory / name).mkdir(parents=True)
-        for other, file in enumerate(files):
-            pixels = np.random.default_rng((number, other)).integers(256, size=(8, 12, 3), dtype=np.uint8)
+        for number, file in enumerate(files):
+            pixels = np.random.default_rng((*name.encode(), number)).integers(256, size=(8, 12, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(directory / name / file)
     return directory
 
@@ -68,7 +68,7 @@ def change_size(directory):
 
 
 def change_add(directory):
-    shutil.copy2(directory / "ant" / "a.png", directory / "ant" / "b.png")
+    Image.new("RGB", (8, 12)).save(directory / "ant" / "b.png")
 
 
 def change_remove(directory):
@@ -188,6 +188,17 @@ def test_a_class_that_makes_all_others_large_is_named():
     with pytest.warns(UserWarning, match=r"take 6\.0 GB, as each of 6 classes gets the room of most, which has 1000 where"):
         folders._source(classes, size=1000, channels=1)
     folders._source(classes, size=100, channels=1)  # small enough
+
+
+@pytest.mark.parametrize("copy", ["ant/again.png", "bee/b.png", "bee/linked.png"])
+def test_an_image_that_lies_there_twice_is_named(flat, tmp_path, copy):
+    original = flat / "ant" / "a.png"
+    if "linked" in copy:
+        (flat / copy).symlink_to(original)
+    else:
+        shutil.copy(original, flat / copy)
+    with pytest.warns(UserWarning, match="one image lies there twice, .*(a.png|again.png|b.png|linked.png), and there may be"):
+        image_folders(flat, tmp_path, size=5, channels=3)
 
 
 @pytest.mark.parametrize(("total", "shares"), [(100, (64, 16, 20)), (3, (1, 1, 1)), (10, (6, 2, 2))])

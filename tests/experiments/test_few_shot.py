@@ -120,7 +120,7 @@ def test_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     figures = {"learning_curves.png", "training_curves.png"}
     figures |= {f"episodes_{method}.png" for method in ("maml", "maml++", "proto_maml")}
-    assert names == figures | {"checkpoints", "config.json", "report.md", "results.json"}
+    assert names == figures | {"checkpoints", "config.json", "lock", "report.md", "results.json"}
     for name in figures:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
     rows = {(row.method, row.step): row for row in report.read_results(finished / "results.json")["rows"]}
@@ -630,6 +630,8 @@ def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
     assert "the probabilities are not finite after 2 steps. Lower --inner-lr" in error(
         finished, support, query, out, "--inner-lr", 1e38
     )
+    assert predict(finished, support, query, tmp_path / "worthless.csv", "--inner-lr", 1e3) == 0
+    assert re.search(r"note: the loss on .* rose from 1\S* to \S* after 2 steps: trust no prediction", capsys.readouterr().err)
     assert "--steps must be a whole number of at least 1, got 0" in error(finished, support, query, out, "--steps", 0)
     assert "Give --inner-lr" in error(finished, support, query, out, "--method", "pretrained")
     for method in ("meta_sgd", "maml++", "meta_lstm"):

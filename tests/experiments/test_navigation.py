@@ -52,7 +52,7 @@ def finished(tmp_path_factory):
 def test_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     figures = {"learning_curves.png", "training_curves.png", "paths.png"}
-    assert names == {"checkpoints", "config.json", "report.md", "results.json"} | figures
+    assert names == {"checkpoints", "config.json", "lock", "report.md", "results.json"} | figures
     for name in figures:
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
     log = read_metrics(finished / "checkpoints" / "maml" / "metrics.jsonl")
@@ -85,10 +85,10 @@ def test_step_sizes_are_halved_after_the_first():
 
 
 @pytest.mark.parametrize("name", ["gae_lambda", "discount", "promp_kl_weight"])
-def test_factors_and_weights_may_be_zero_but_nothing_else(tmp_path, name):
-    runner.Run("navigation", dataclasses.replace(navigation.PRESETS["paper"], out=tmp_path, **{name: 0.0}))
+def test_factors_and_weights_may_be_zero_but_nothing_else(name):
+    dataclasses.replace(navigation.PRESETS["paper"], **{name: 0.0}).check()
     with pytest.raises(ValueError, match="--max-kl must be positive"):
-        runner.Run("navigation", dataclasses.replace(navigation.PRESETS["paper"], out=tmp_path, max_kl=0.0))
+        dataclasses.replace(navigation.PRESETS["paper"], max_kl=0.0).check()
 
 
 def trained(method, returns, unstable=0.0):

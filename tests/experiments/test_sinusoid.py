@@ -101,7 +101,7 @@ def test_the_multi_task_baselines(tmp_path):
 
 def test_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
-    assert names == {"checkpoints", "config.json", "fits.png", "learning_curves.png", "report.md", "results.json"}
+    assert names == {"checkpoints", "config.json", "fits.png", "learning_curves.png", "lock", "report.md", "results.json"}
     results = report.read_results(finished / "results.json")
     assert results["experiment"] == "sinusoid"
     rows = {(row.method, row.step): row for row in results["rows"]}
@@ -168,7 +168,7 @@ def test_presets_do_not_share_a_directory():
 def test_what_is_wrong_with_one_method_is_said_before_another_is_trained(tmp_path, capsys):
     assert main("--out", tmp_path, "--method", "maml", "reptile") == 2
     assert "error: inner_steps must be a whole number of at least 2, got 1" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "lock"}
     assert main("--out", tmp_path, "--method", "random", "reptile", "--inner-steps", 2, "--steps", 10) == 0
 
 
@@ -380,6 +380,26 @@ def test_help_explains_every_option(capsys):
     for field in sinusoid.Options.__dataclass_fields__:
         assert f"--{field.replace('_', '-')}" in text
     assert text.count("(default:") >= len(sinusoid.Options.__dataclass_fields__)
+
+
+def test_another_command_is_kept_out_from_the_beginning(tmp_path, capsys):
+    """Before the first has left more than its options, which would else be replaced."""
+
+    def execute(options, run):
+        assert main("--out", tmp_path, "--inner-lr", 0.05) == 2
+        assert f"error: another process is training in {tmp_path}. Wait for it" in capsys.readouterr().err
+
+    assert runner.main("sinusoid", sinusoid.PRESETS, execute, [*TINY, "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "config.json").read_text())["inner_lr"] == 0.001
+    assert runner.main("sinusoid", sinusoid.PRESETS, lambda options, run: None, [*TINY, "--out", str(tmp_path)]) == 0
+
+
+def test_the_tables_are_shown_when_all_is_written(tmp_path, monkeypatch):
+    """As nobody may be there to read them."""
+    written = []
+    monkeypatch.setattr(runner.Run, "show", lambda run: written.extend(path.name for path in tmp_path.glob("*.*")))
+    assert main("--out", tmp_path, "--method", "maml") == 0
+    assert {"results.json", "report.md", "learning_curves.png", "fits.png"} <= {*written}
 
 
 def test_help_may_be_cut_short_by_its_reader():

@@ -22,6 +22,13 @@ def test_discounted_sums_by_hand():
     np.testing.assert_allclose(sums, [[1 + 0.5 * 2 + 0.25 * 4, 10 + 0.5 * 20], [2 + 0.5 * 4, 20], [4, 0]])
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8, jnp.int32, jnp.float16])
+def test_observations_may_be_any_numbers(dtype):
+    observations = jnp.array([[[3, 100]]], dtype)
+    found = advantages.features(observations, jnp.zeros((1, 1)))
+    np.testing.assert_array_equal(found, [[[3, 10, 9, 100, 0, 0, 0, 1]]])
+
+
 def test_sums_of_one_trajectory_after_the_other():
     """Each is as if it were alone."""
     rewards, ends = jnp.array([[1.0], [2.0], [3.0], [4.0]]), jnp.array([[0.0], [1.0], [0.0], [1.0]])
