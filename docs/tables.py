@@ -40,6 +40,7 @@ ENTRIES = (
     Entry("Omniglot 5-way 5-shot, %", "omniglot-5w5s", 3),
     Entry("Omniglot 5-way 5-shot, with the 1-shot network begun with the 20-way one, %", "omniglot-5w5s_from_1s", 3),
     Entry("Omniglot 20-way 1-shot, %", "omniglot-20w1s", 5),
+    Entry("Omniglot 20-way 1-shot, Proto-MAML (95.8 is published of MAML), %", "omniglot-20w1s_proto_maml", 1, "proto_maml"),
     Entry("Omniglot 20-way 1-shot, prototypical networks, %", "omniglot-20w1s_prototypical", 0, "prototypical"),
     Entry("Omniglot 20-way 1-shot, siamese networks, %", "omniglot-20w1s_siamese", 0, "siamese"),
     Entry("Omniglot 20-way 5-shot, %", "omniglot-20w5s", 5),
