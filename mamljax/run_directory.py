@@ -53,18 +53,24 @@ def claim_directory(
         ignored: entries in there that do not count: an earlier version still compared them, and by now they may differ.
 
     Raises:
-        CheckpointError: it says something else, cannot be read, or the directory cannot be written.
+        CheckpointError: it says something else, cannot be read, or is missing beside checkpoints; or the directory cannot be
+            written.
     """
     make_directory(directory)
     path = directory / "config.json"
     config = {name: _json_value(name, value) for name, value in config.items()}
     if not path.exists():
+        if _has_checkpoints(directory):
+            raise CheckpointError(
+                f"{directory} holds checkpoints of a run, but no config.json. Delete that directory, or choose another one."
+            )
         _write_config(path, config)
     # Read back even where it was just written: another process may have come between.
     saved = {name: value for name, value in read_config(directory).items() if name not in ignored}
     found = {**defaults, **saved}
     keys = [key for key in sorted(config.keys() | found.keys()) if not _are_equal(config.get(key), found.get(key))]
-    if keys and found.keys() == config.keys() and not _is_used(directory):
+    used = (directory / "results.json").exists() or _has_checkpoints(directory)
+    if keys and found.keys() == config.keys() and not used:
         _write_config(path, config)
     elif keys:
         shown = [key for key in keys if key in saved] or keys  # not what only counts as being there
@@ -138,6 +144,6 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _is_used(directory: Path) -> bool:
-    """Whether a run has left more than its configuration."""
-    return (directory / "results.json").exists() or any(directory.glob("**/steps/*"))
+def _has_checkpoints(directory: Path) -> bool:
+    """Whether a run has left some, in there or below."""
+    return any(directory.glob("**/steps/*"))

@@ -213,6 +213,15 @@ def test_that_of_any_other_is_kept(tmp_path, left):
     assert read_config(tmp_path) == config
 
 
+@pytest.mark.parametrize("below", [".", "checkpoints/maml"])
+def test_checkpoints_without_a_configuration_are_of_another_run(tmp_path, below):
+    """Its directory was deleted while it was at work, for example."""
+    (tmp_path / below / "steps" / "10").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="holds checkpoints of a run, but no config.json. Delete that directory"):
+        claim_directory(tmp_path, {"shots": 1})
+    assert not (tmp_path / "config.json").exists()
+
+
 @pytest.mark.parametrize("text", ["null", "[]", "5", '"abc"'])
 def test_a_configuration_that_is_no_object(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
