@@ -33,7 +33,7 @@ def adapt(
 
     - `"mixed"`: exact, by forward-over-reverse differentiation of each step (MixFlow-MG, arXiv 2505.00793), of which it
       keeps nothing but the parameters and the rule's state; see `mixed.py`. Cannot itself be differentiated in forward mode.
-      Not for a `jax.custom_jvp` of several arguments that is not the true derivative, as those of quantisers.
+      Not for a `jax.custom_jvp` of several arguments that is not the true derivative, as those of quantisers; it warns.
     - `"reverse"`: exact, by plain reverse mode through every step. Can itself be differentiated in any mode.
     - `"first_order"`: the inner gradient counts as a constant (first-order MAML).
 

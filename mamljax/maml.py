@@ -109,7 +109,8 @@ def learning_curve(
 ) -> Metrics:
     """Fine-tune on the support set; the loss and metrics on the query set before and after each step, each [num_steps + 1]."""
     check_task(task)
-    _, path = fine_tune(model, loss_fn, params, task.support, rule, num_steps)
+    # The plain gradient, as nothing is differentiated here.
+    _, path = fine_tune(model, loss_fn, params, task.support, rule, num_steps, differentiation="reverse")
     outputs = jax.vmap(model.apply, in_axes=(0, None))(path, task.query.x)
     named = {name: returning_scalar(fn, name) for name, fn in {"loss": loss_fn, **metric_fns}.items()}
     return {name: jax.vmap(fn, in_axes=(0, None))(outputs, task.query.y) for name, fn in named.items()}

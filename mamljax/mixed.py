@@ -1,10 +1,12 @@
 """Mixed mode: a gradient whose own derivative is found in forward mode (MixFlow-MG, arXiv 2505.00793)."""
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 from jax import Array
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, jaxpr_as_fun
 
 from mamljax.types import PyTree
 
@@ -17,13 +19,16 @@ def mixed_mode_gradient(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[
     of it, from $\theta$ and $d$ alone. Likewise for $d$, by way of $\nabla_d L$.
 
     So the inner gradient must be that of a function. It is not where a `jax.custom_jvp` of several arguments, such as a
-    quantiser with a learned step, has a made-up derivative: the result is then silently another one, and reverse mode right.
+    quantiser with a learned step, has a made-up derivative: the result is then another one, and reverse mode right.
 
     Args:
         loss_fn: (params, entry) -> scalar; what it closes over is differentiated too.
 
     Returns:
         (params, entry) -> gradient, like `params`.
+
+    Warns:
+        UserWarning: the loss has such a `jax.custom_jvp`, of which nothing tells whether its derivative is the true one.
     """
 
     def gradient(params: PyTree, entry: PyTree) -> PyTree:
@@ -31,6 +36,7 @@ def mixed_mode_gradient(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[
         # traced once, and what it closed over becomes an argument. (jax.closure_convert leaves tracers of vmap where they are.)
         closed = jax.make_jaxpr(loss_fn)(params, entry)
         jaxpr, closed_over = closed.jaxpr, closed.consts
+        _warn_of_made_up_derivatives(jaxpr)
 
         def pure_loss(params: PyTree, entry_and_closed_over: PyTree) -> Array:
             entry, closed_over = entry_and_closed_over
@@ -39,6 +45,29 @@ def mixed_mode_gradient(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[
         return _gradient_of_pure(pure_loss)(params, (entry, closed_over))
 
     return gradient
+
+
+def _warn_of_made_up_derivatives(jaxpr: Jaxpr) -> None:
+    """Warn of functions of several arguments with a derivative of their own, but for those of JAX, whose are true."""
+    for name in _with_own_derivative(jaxpr):
+        if "/jax/_src/" not in name:
+            warnings.warn(
+                f"the loss has a jax.custom_jvp of several arguments, {name}. If that is not its true derivative, as of "
+                "quantisers, mixed mode makes another meta-gradient than reverse mode: choose differentiation='reverse'.",
+                stacklevel=2,
+            )
+
+
+def _with_own_derivative(jaxpr: Jaxpr) -> Iterator[str]:
+    """The name and place of each `jax.custom_jvp` in a program that has several arguments with derivatives."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "custom_jvp_call":
+            arguments = [each.aval for each in equation.invars if not isinstance(each, Literal)]
+            if sum(jnp.issubdtype(each.dtype, jnp.floating) for each in arguments) > 1:  # type: ignore[attr-defined]
+                yield equation.params["call_jaxpr"].jaxpr.debug_info.func_src_info
+        for inside in jax.tree.leaves([*equation.params.values()]):  # the body of a loop, the branches of a condition
+            if isinstance(inside, ClosedJaxpr | Jaxpr):
+                yield from _with_own_derivative(inside.jaxpr if isinstance(inside, ClosedJaxpr) else inside)
 
 
 def _gradient_of_pure(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[[PyTree, PyTree], PyTree]:

@@ -74,7 +74,7 @@ def test_in_half_precision():
     learner, state = maml_plus_plus(model, mse, multi_step_updates=1, **SHARED), None
     for _ in range(2):
         state, metrics = jax.jit(learner.update)(KEY, state or learner.init(KEY), optax.tree.cast(TASKS, jnp.bfloat16))
-        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, metrics["loss"]))} == {jnp.bfloat16}
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, metrics["loss"]))} == {jnp.dtype(jnp.bfloat16)}
         assert jnp.isfinite(metrics["loss"])
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
+from mamljax.inner import adapt
 from mamljax.losses import mse
 from mamljax.maml import fine_tune
 from mamljax.types import Examples, Model, Task
@@ -150,6 +151,32 @@ def test_golden_values(mode):
     gradient = jax.grad(meta_loss)(params, tasks, mode, golden["inner_steps"], golden["alpha"])
     expected = golden["first_order" if mode == "first_order" else "second_order"]
     assert_close(gradient, {name: np.array(value) for name, value in expected.items()})
+
+
+@jax.custom_jvp
+def quantised(x, step):
+    """To multiples of a learned step, with the derivative of Esser et al. 2020, that of no function."""
+    return jnp.round(x / step) * step
+
+
+@quantised.defjvp
+def _(primals, tangents):
+    (x, step), (dx, dstep) = primals, tangents
+    return quantised(x, step), dx + (jnp.round(x / step) - x / step) * dstep
+
+
+def test_mixed_mode_warns_of_derivatives_that_may_be_made_up():
+    """Within a loop and a compiled function, too; not of JAX's own, nor of one argument."""
+
+    def loss_fn(params, _):
+        x = jax.lax.fori_loop(0, 2, lambda _, x: jax.jit(quantised)(x, params[1]), params[0])
+        return jnp.logaddexp(jax.nn.relu(x), params[1])
+
+    params = jnp.array([0.7, 0.3])
+    with pytest.warns(UserWarning, match="custom_jvp of several arguments, quantised at .*: choose differentiation='reverse'"):
+        adapt(loss_fn, params, jnp.zeros(1), 0.1)
+    adapt(loss_fn, params, jnp.zeros(1), 0.1, differentiation="reverse")
+    adapt(lambda params, _: jnp.logaddexp(jax.nn.relu(params[0]), params[1]), params, jnp.zeros(1), 0.1)
 
 
 def test_what_has_no_forward_derivative_is_refused_in_mixed_mode():
