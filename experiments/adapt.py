@@ -121,8 +121,14 @@ def labelled_images(options: Options, run: RunOptions) -> tuple[list[str], Examp
     files = [images_of_class(folder) for folder in folders]
     if run.statistics == "inductive" and any(len(of_class) != run.shots for of_class in files):
         raise DataError(f"an inductive network needs exactly {run.shots} support images of each class, as in its training.")
-    labels = jnp.repeat(jnp.arange(run.ways), jnp.array([len(of_class) for of_class in files]))
-    return [folder.name for folder in folders], Examples(load([file for of_class in files for file in of_class], run), labels)
+    labels = np.repeat(np.arange(run.ways), [len(of_class) for of_class in files])
+    all_files = [file for of_class in files for file in of_class]
+    x, seen = load(all_files, run), {}
+    for file, label, image in zip(all_files, labels, np.asarray(x), strict=True):
+        other, other_label = seen.setdefault(image.tobytes(), (file, label))
+        if other_label != label:
+            raise DataError(f"one image has two labels: {other} and {file}. Delete one of them.")
+    return [folder.name for folder in folders], Examples(x, jnp.asarray(labels))
 
 
 def listed(directory: Path) -> list[Path]:
@@ -162,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.out.exists() and not options.out.is_file():
             raise ValueError(f"--out must be the file to write, but {options.out} is something else.")
+        if options.out.suffix.lower() in SUFFIXES:
+            raise ValueError(f"--out is for a table, but {options.out} has the name of an image. Call it .csv.")
         options.out.parent.mkdir(parents=True, exist_ok=True)  # before the work, which would be lost
         names, files, probabilities = predict(options)
         text = io.StringIO()

@@ -281,14 +281,19 @@ def normalised_published(method: str, published: Mapping[str, Sequence[float]]) 
 
 
 def draw_training(directories: Mapping[Method, Path], path: Path) -> None:
-    """Draw the mean returns in training, before and after adaptation, over the meta-updates of each method."""
+    """Draw the mean returns in training, before and after adaptation, over the meta-updates of each method, if any has some."""
+    logs = {method: read_metrics(directory / "metrics.jsonl") for method, directory in directories.items()}
+    if not any(logs.values()):
+        return
     figure = new_figure(6, 4)
     axes = figure.subplots()
-    for colour, (method, directory) in enumerate(directories.items()):
-        if log := read_metrics(directory / "metrics.jsonl"):
-            columns = [[line[name] for line in log] for name in ("update", "return_before", "return_after")]
-            axes.plot(columns[0], columns[1], ":", color=f"C{colour}")
-            axes.plot(columns[0], columns[2], color=f"C{colour}", label=method)
+    for colour, (method, log) in enumerate(logs.items()):  # one without a log has its colour in other figures
+        if log:
+            updates, before, after = ([line[name] for line in log] for name in ("update", "return_before", "return_after"))
+            marker = "." if len(log) == 1 else ""  # no line has one point
+            axes.plot(updates, before, ":", color=f"C{colour}", marker=marker)
+            axes.plot(updates, after, color=f"C{colour}", marker=marker, label=method)
+    axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     axes.set(xlabel="meta-updates", ylabel="mean return in training", title="after adaptation; dotted: before")
     axes.grid(alpha=0.3)
     legend_below(figure, axes)

@@ -205,7 +205,7 @@ def draw_fits(options: Options, fits: Mapping[Method, tuple[State, float]], path
             x, y = (values[jnp.argsort(task.query.x[:, 0])] for values in task.query)
             _, states = fine_tune(network(options), mse, state.params, task.support, optax.sgd(lr), options.eval_steps)
             axes.plot(x, y, color="0.75", linewidth=4, label="true curve")
-            for step, style in ((0, "C7:"), (1, "C0--"), (options.eval_steps, "C2-")):
+            for step, style in {0: "C7:", 1: "C0--", options.eval_steps: "C2-"}.items():
                 params = jax.tree.map(lambda leaf, step=step: leaf[step], states)
                 axes.plot(x, network(options).apply(params, x), style, label=steps_taken(step))
             axes.plot(task.support.x, task.support.y, "C3^", label="the 5 points")

@@ -97,6 +97,9 @@ class Checkpoints:
             except (CheckpointError, MemoryError):
                 raise
             except Exception as error:  # whatever a damaged file makes Orbax or tensorstore raise
+                if "Permission denied" in str(error):  # it may well be whole
+                    message = f"the checkpoint of meta-update {step} in {self.directory} cannot be read: Permission denied."
+                    raise CheckpointError(f"{message} Make its files readable for this user.") from error
                 if not (self.writes or (self.directory / "steps" / str(step)).exists()):
                     raise FileNotFoundError(f"the checkpoint of meta-update {step} is there no longer") from error
                 print(f"The checkpoint of meta-update {step} in {self.directory} cannot be read ({_in_short(error)}); "

@@ -51,9 +51,13 @@ class Record:
         self.saved_update, tree = self.checkpoints.restore(like) or (None, like)
         done = self.saved_update or 0
         path = self.directory / "metrics.jsonl"
+        try:
+            logged = read_metrics(path)
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error.strerror}. Make it readable for this user.") from error
         with self._writing():
             # Later lines are of meta-updates that will be done, and logged, once more.
-            lines = [line for line in read_metrics(path) if line["update"] <= done]
+            lines = [line for line in logged if line["update"] <= done]
             self.seconds_before = lines[-1]["seconds"] if lines else 0.0
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
             # Written line by line, so that a kill spoils one line at most.

@@ -133,10 +133,12 @@ def read_config(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text())
-    except OSError as error:
+    except FileNotFoundError as error:
         raise CheckpointError(
             f"{directory} holds no training run (config.json: {error.strerror}). Train first, or choose another one."
         ) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}. Mend that, or choose another directory.") from error
     except ValueError as error:
         raise CheckpointError(f"{path} is not JSON ({error}). Delete that directory, or choose another one.") from error
     if not isinstance(config, dict):

@@ -115,6 +115,17 @@ def damage_spoil_the_seal(step):
 DAMAGES = [damage_truncate, damage_flip_a_byte, damage_remove_a_part, damage_spoil_the_seal]
 
 
+def test_one_that_may_not_be_read_is_no_damaged_one(two, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied", "a file")
+
+    checkpoints = Checkpoints(two, {})
+    monkeypatch.setattr(checkpoints, "_read", refuse)
+    with pytest.raises(CheckpointError, match="meta-update 2 in .* cannot be read: Permission denied. Make its files readable"):
+        checkpoints.restore(TREE)
+    assert not (two / "damaged").exists()
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_falls_back_to_the_one_before_and_says_so(two, damage, capfd):
     damage(two / "steps" / "2")
@@ -220,6 +231,12 @@ def test_checkpoints_without_a_configuration_are_of_another_run(tmp_path, below)
     with pytest.raises(CheckpointError, match="holds checkpoints of a run, but no config.json. Delete that directory"):
         claim_directory(tmp_path, {"shots": 1})
     assert not (tmp_path / "config.json").exists()
+
+
+def test_a_configuration_that_cannot_be_read_is_there(tmp_path):
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(CheckpointError, match="cannot read .*config.json: Is a directory. Mend that"):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "5", '"abc"'])

@@ -37,6 +37,12 @@ def test_lines_that_are_none_of_a_log_end_it(tmp_path, strange):
     assert path.read_text().count("\n") == 1
 
 
+def test_a_log_that_cannot_be_read_is_said_to_be_so(tmp_path):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with Record(tmp_path, {}) as record, pytest.raises(CheckpointError, match="cannot read .*metrics.jsonl: Is a directory"):
+        record.restore(TREE)
+
+
 def test_one_process_at_a_time(tmp_path):
     with Record(tmp_path, {}), pytest.raises(CheckpointError, match="another process is training in .*Wait for it"):
         Record(tmp_path, {}).__enter__()

@@ -637,7 +637,12 @@ def test_adapt_refuses_what_it_cannot_use(finished, images, tmp_path, capsys):
     for method in ("meta_sgd", "maml++", "meta_lstm"):
         assert "Leave --inner-lr out" in error(finished, support, query, out, "--method", method, "--inner-lr", 0.1)
     assert "--out must be the file to write" in error(finished, support, query, out.parent)
+    assert "--out is for a table, but " in error(finished, support, query, next(query.glob("**/*.png")))
     assert "cannot read the directory" in error(finished, tmp_path / "none", query, out)
+    twin = support / "class9" / "twin.png"
+    shutil.copy(next(path for path in support.glob("*/*.png") if path.parent.name != "class9"), twin)
+    assert re.search(r"one image has two labels: .*\.png and .*\.png. Delete one", error(finished, support, query, out))
+    twin.unlink()
     (support / "class9").rename(tmp_path / "class9")
     message = error(finished, support, query, out)
     assert "holds 2 class folders, but the network" in message

@@ -1,6 +1,7 @@
 """The navigation experiment as a user runs it, at tiny size."""
 
 import dataclasses
+import json
 from typing import get_args
 
 import jax
@@ -13,6 +14,7 @@ import reinforcement
 import runner
 
 from mamljax import report
+from mamljax.figures import new_figure
 from mamljax.record import read_metrics
 
 TINY = {
@@ -212,7 +214,22 @@ def test_the_corrected_protocol_has_nothing_published(tmp_path):
     assert main("--out", tmp_path, "--method", "random", "--protocol", "corrected") == 0
     rows = report.read_results(tmp_path / "results.json")["rows"]
     assert {(row.method, row.protocol, row.published) for row in rows} == {("random", "corrected", None)}
-    assert {path.name for path in tmp_path.glob("*.png")} == {"learning_curves.png", "training_curves.png"}
+    assert {path.name for path in tmp_path.glob("*.png")} == {"learning_curves.png"}
+
+
+def test_a_single_line_of_a_log_is_seen(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(reinforcement, "new_figure", lambda *size: figures.append(new_figure(*size)) or figures[-1])
+    for method, lines in (("maml", 1), ("promp", 2)):
+        (tmp_path / method).mkdir()
+        text = "".join(
+            json.dumps({"update": number, "seconds": 1, "return_before": -2, "return_after": -1}) + "\n"
+            for number in range(lines)
+        )
+        (tmp_path / method / "metrics.jsonl").write_text(text)
+    methods = ("maml", "random", "promp")
+    reinforcement.draw_training({method: tmp_path / method for method in methods}, tmp_path / "training.png")
+    assert [(line.get_marker(), line.get_color()) for line in figures[0].axes[0].lines] == [(".", "C0")] * 2 + [("", "C2")] * 2
 
 
 def test_another_configurations_directory(finished, capsys):
