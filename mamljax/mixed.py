@@ -35,14 +35,13 @@ def mixed_mode_gradient(loss_fn: Callable[[PyTree, PyTree], Array]) -> Callable[
         # What has a derivative of its own must not close over tracers, such as a task's data under vmap. So the loss is
         # traced once, and what it closed over becomes an argument. (jax.closure_convert leaves tracers of vmap where they are.)
         closed = jax.make_jaxpr(loss_fn)(params, entry)
-        jaxpr, closed_over = closed.jaxpr, closed.consts
-        _warn_of_made_up_derivatives(jaxpr)
+        _warn_of_made_up_derivatives(closed.jaxpr)
 
         def pure_loss(params: PyTree, entry_and_closed_over: PyTree) -> Array:
             entry, closed_over = entry_and_closed_over
-            return jaxpr_as_fun(ClosedJaxpr(jaxpr, closed_over))(*jax.tree.leaves((params, entry)))[0]
+            return jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))(*jax.tree.leaves((params, entry)))[0]
 
-        return _gradient_of_pure(pure_loss)(params, (entry, closed_over))
+        return _gradient_of_pure(pure_loss)(params, (entry, closed.consts))
 
     return gradient
 
