@@ -44,6 +44,7 @@ ENTRIES = (
     Entry("Omniglot 20-way 1-shot, prototypical networks, %", "omniglot-20w1s_prototypical", 0, "prototypical"),
     Entry("Omniglot 20-way 1-shot, siamese networks, %", "omniglot-20w1s_siamese", 0, "siamese"),
     Entry("Omniglot 20-way 5-shot, %", "omniglot-20w5s", 5),
+    Entry("Omniglot 20-way 5-shot, Proto-MAML (98.9 is published of MAML), %", "omniglot-20w5s_proto_maml", 1, "proto_maml"),
     Entry("Omniglot 20-way 5-shot, with the 1-shot network, %", "omniglot-20w5s_with_1s", 5),
     Entry("Omniglot 5-way 1-shot, no convolutions, %", "omniglot-5w1s-fc", 3),
     Entry("Omniglot 5-way 1-shot, no convolutions, memory-augmented, %", "omniglot-5w1s-fc_mann", 0, "mann"),
