@@ -86,8 +86,8 @@ def _mean_over_chunks(fn: Callable[[PyTree, PyTree], PyTree], chunk_size: int | 
         return fn(params, data)
 
     def add(total: PyTree, chunk: PyTree) -> tuple[PyTree, None]:
-        share = num_tasks / len(jax.tree.leaves(chunk)[0])
-        return jax.tree.map(lambda sum_, term: sum_ + term / share, total, fn(params, chunk)), None
+        num_chunks = num_tasks / len(jax.tree.leaves(chunk)[0])  # of this size; a fraction where it does not divide the tasks
+        return jax.tree.map(lambda sum_, term: sum_ + term / num_chunks, total, fn(params, chunk)), None
 
     whole = num_tasks - num_tasks % chunk_size
     chunks = jax.tree.map(lambda leaf: leaf[:whole].reshape(-1, chunk_size, *leaf.shape[1:]), data)

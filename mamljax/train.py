@@ -25,7 +25,7 @@ from mamljax.record import Record
 from mamljax.run_directory import CheckpointError, read_config
 from mamljax.types import MetaLearner, SampleFn, State
 
-MOST_UNUSED = 10_000  # meta-updates that a compiled call has room for, where a run has fewer
+LEAST_ROOM = 10_000  # meta-updates that a compiled call may have room for, however few a run has
 
 
 class Result(NamedTuple):
@@ -113,7 +113,7 @@ def fit(
     # A compiled call ends at each multiple of either, so that every line of the log is of the same meta-updates after a resume.
     validated = validate_fn is not None
     every = [log_every, validate_every] if validated else [log_every]
-    length = min(*every, max(num_updates, MOST_UNUSED))
+    length = min(*every, max(num_updates, LEAST_ROOM))
     run, sampler_from = updates_and_sampler(learner, sample, key, num_tasks, length, mesh)
     validate, check_validation = validation_and_check(validate_fn, key.shape, mesh)
     # Only with the same key and as many tasks does a checkpoint go on as it would have.
